@@ -1,0 +1,32 @@
+"""What the kernel generators know about an instruction set: data only, one file per instruction set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Isa:
+    """The vector side of an instruction set.
+
+    Attributes:
+        name: as people call it.
+        vector_bytes: width of one vector register.
+        registers: how many vector registers the code may use.
+        fma: whether one instruction multiplies and adds.
+        load_operand: whether arithmetic can take a vector operand straight from memory.
+        lane_operand: whether a multiply-add can take one lane of a vector as its scalar operand.
+        block: channels in one block of the `NCHWc` layout.
+    """
+
+    name: str
+    vector_bytes: int
+    registers: int
+    fma: bool
+    load_operand: bool
+    lane_operand: bool
+    block: int
+
+    def lanes(self, dtype_bytes: int = 4) -> int:
+        """Elements of `dtype_bytes` bytes in one vector register."""
+        return self.vector_bytes // dtype_bytes

@@ -1,0 +1,5 @@
+"""NEON (Advanced SIMD) of 64-bit Armv8-A: 128-bit vectors, 32 registers, multiply-add by lane."""
+
+from graphopt.backends.isa.base import Isa
+
+NEON = Isa("NEON", 16, 32, fma=True, load_operand=False, lane_operand=True, block=8)
