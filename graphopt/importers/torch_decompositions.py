@@ -1,0 +1,95 @@
+"""Which ATen operators `torch.export` keeps whole for graphopt, and which it breaks up.
+
+Operators in `KEPT` have a form that later stages lower as one; `EXTRA` breaks up a few that PyTorch
+counts among its core operators but that are sums of simpler ones. All else follows PyTorch's own
+default decompositions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._decomp import get_decompositions
+
+aten = torch.ops.aten
+
+KEPT: tuple[Any, ...] = (
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv3d.default,
+    aten.conv_transpose1d.default,
+    aten.conv_transpose2d.input,
+    aten.conv_transpose3d.input,
+    aten.convolution.default,
+    aten.linear.default,
+    aten.matmul.default,
+    aten.batch_norm.default,
+    aten.layer_norm.default,
+    aten.scaled_dot_product_attention.default,
+    aten.softmax.int,
+    aten.gelu.default,
+    aten.silu.default,
+    aten.hardswish.default,
+    aten.hardsigmoid.default,
+    aten.hardtanh.default,
+    aten.relu6.default,
+    aten.leaky_relu.default,
+    aten.elu.default,
+    aten.max_pool2d.default,
+    aten.avg_pool2d.default,
+    aten.adaptive_avg_pool2d.default,
+    aten.upsample_nearest2d.vec,
+    aten.upsample_bilinear2d.vec,
+)
+
+Shape = Sequence[int]
+
+
+def _vector_norm(
+    x: torch.Tensor,
+    ord: float = 2,
+    dim: Shape | None = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """‖x‖ over `dim` for the orders that have a plain form; others stay as they are."""
+    if dtype is not None:
+        x = x.to(dtype)
+    axes = list(range(x.dim())) if dim is None else list([dim] if isinstance(dim, int) else dim)
+    if ord == 2:
+        return torch.sqrt(torch.sum(x * x, axes, keepdim))
+    if ord == 1:
+        return torch.sum(torch.abs(x), axes, keepdim)
+    if ord == math.inf:
+        return torch.amax(torch.abs(x), axes, keepdim)
+    if ord == -math.inf:
+        return torch.amin(torch.abs(x), axes, keepdim)
+    return NotImplemented
+
+
+def _full_like(
+    x: torch.Tensor, fill_value: Any, *, dtype: torch.dtype | None = None, **_: Any
+) -> torch.Tensor:
+    """Only the shape of `x` matters, and that is static: so this is a constant."""
+    return torch.full(list(x.shape), fill_value, dtype=dtype or x.dtype)
+
+
+EXTRA: dict[Any, Callable[..., Any]] = {
+    aten.linalg_vector_norm.default: _vector_norm,
+    aten.full_like.default: _full_like,
+    **get_decompositions([aten.native_group_norm.default, aten._log_softmax.default]),
+}
+
+
+def decompositions() -> Any:
+    """The table for `ExportedProgram.run_decompositions`."""
+    table = torch.export.default_decompositions()
+    for operator in KEPT:
+        table.pop(operator, None)
+    for operator, rule in EXTRA.items():
+        table[operator] = rule
+    return table
