@@ -1,0 +1,184 @@
+/* The thread pool: hands the tasks of a step out in chunks to whoever is awake.
+ *
+ * The caller publishes a step by one store to `ticket`, works like everybody else until no chunk is
+ * left, and then waits for the chunks others have begun. A worker that wakes late finds its share
+ * done, and one that never wakes holds nobody up. Spinning is bounded; who waits longer parks. */
+#define _GNU_SOURCE /* sched_getaffinity */
+#include "graphopt_runtime.h"
+
+#include <sched.h>
+#include <signal.h>
+#include <time.h>
+
+#define CHUNKS_LEFT UINT64_C(0xffff)
+#define NEXT_GENERATION UINT64_C(0x10000)
+/* More chunks than threads even out cores of different speed; 4 keeps the last wait under about a
+ * quarter of one thread's share. */
+#define CHUNKS_PER_THREAD 4
+/* Longer than the gaps between the steps of a model, shorter than anybody minds. */
+#define SPIN_NANOSECONDS 100000
+/* Enough for any kernel, and the same on every libc (musl's default is 128 KB). */
+#define WORKER_STACK ((size_t)1 << 20)
+
+uint64_t graphopt_now(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * UINT64_C(1000000000) + (uint64_t)now.tv_nsec;
+}
+
+static void relax(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#else
+    /* `yield` is a no-op on most cores; `isb` really waits some tens of cycles. */
+    __asm__ volatile("isb" ::: "memory");
+#endif
+}
+
+static int has_work(graphopt_pool *pool) {
+    return (atomic_load(&pool->ticket) & CHUNKS_LEFT) != 0;
+}
+
+static int has_work_or_stops(graphopt_pool *pool) {
+    return has_work(pool) || atomic_load(&pool->stopping);
+}
+
+static int is_done(graphopt_pool *pool) { return atomic_load(&pool->pending) == 0; }
+
+/* Spins until `ready`, at most the pool's spin time; returns whether it is. */
+static int spin_until(graphopt_pool *pool, int (*ready)(graphopt_pool *)) {
+    uint64_t deadline = 0;
+    if (ready(pool)) return 1;
+    if (!pool->spin) return 0;
+    for (;;) {
+        for (int i = 0; i < 64; i++) {
+            relax();
+            if (ready(pool)) return 1;
+        }
+        const uint64_t now = graphopt_now();
+        if (!deadline) deadline = now + pool->spin;
+        if (now > deadline) return 0;
+    }
+}
+
+/* Takes chunks of the current step until none is left. */
+static void work(graphopt_pool *pool, unsigned index) {
+    void *const scratch = pool->scratch + index * pool->scratch_bytes;
+    uint64_t ticket = atomic_load(&pool->ticket);
+    while (ticket & CHUNKS_LEFT) {
+        if (!atomic_compare_exchange_weak(&pool->ticket, &ticket, ticket - 1)) continue;
+        /* The chunk is ours, so the step cannot end and its fields cannot change before we say
+         * that it is finished. Chunks go in ascending order. */
+        const int64_t taken = pool->chunks - (int64_t)(ticket & CHUNKS_LEFT);
+        const int64_t begin = taken * pool->chunk;
+        const int64_t end = begin + pool->chunk;
+        pool->function(pool->frame, scratch, (int32_t)begin,
+                       (int32_t)(end < pool->tasks ? end : pool->tasks));
+        if (atomic_fetch_sub(&pool->pending, 1) == 1 && atomic_load(&pool->waiting)) {
+            pthread_mutex_lock(&pool->lock);
+            pthread_cond_signal(&pool->done);
+            pthread_mutex_unlock(&pool->lock);
+        }
+        ticket = atomic_load(&pool->ticket);
+    }
+}
+
+static void *worker_main(void *argument) {
+    graphopt_pool *const pool = argument;
+    const unsigned index = atomic_fetch_add(&pool->arrived, 1) + 1;
+    while (!atomic_load(&pool->stopping)) {
+        if (!spin_until(pool, has_work_or_stops)) {
+            /* Either we see the step that is published after this increment, or its publisher sees
+             * the increment and, as we hold the lock until we really wait, wakes us. */
+            pthread_mutex_lock(&pool->lock);
+            atomic_fetch_add(&pool->sleepers, 1);
+            while (!has_work_or_stops(pool)) pthread_cond_wait(&pool->work, &pool->lock);
+            atomic_fetch_sub(&pool->sleepers, 1);
+            pthread_mutex_unlock(&pool->lock);
+        }
+        work(pool, index);
+    }
+    return NULL;
+}
+
+static void wait_until_done(graphopt_pool *pool) {
+    if (spin_until(pool, is_done)) return;
+    pthread_mutex_lock(&pool->lock);
+    atomic_store(&pool->waiting, 1);
+    while (!is_done(pool)) pthread_cond_wait(&pool->done, &pool->lock);
+    atomic_store(&pool->waiting, 0);
+    pthread_mutex_unlock(&pool->lock);
+}
+
+void graphopt_pool_run(graphopt_pool *pool, const graphopt_step *step,
+                       const graphopt_frame *frame) {
+    const int64_t tasks = step->tasks;
+    const int64_t most = (int64_t)pool->threads * CHUNKS_PER_THREAD;
+    int64_t chunk = (tasks + most - 1) / most;
+    if (chunk < step->grain) chunk = step->grain;
+    if (tasks <= 0) return;
+    if (pool->threads == 1 || chunk >= tasks) {
+        step->run(frame, pool->scratch, 0, step->tasks);
+        return;
+    }
+    const uint64_t chunks = (uint64_t)((tasks + chunk - 1) / chunk);
+    pool->function = step->run;
+    pool->frame = frame;
+    pool->tasks = step->tasks;
+    pool->chunk = (int32_t)chunk;
+    pool->chunks = (int32_t)chunks;
+    atomic_store(&pool->pending, (uint32_t)chunks);
+    const uint64_t generation = (atomic_load(&pool->ticket) | CHUNKS_LEFT) + 1;
+    atomic_store(&pool->ticket, generation + chunks);
+    if (atomic_load(&pool->sleepers)) {
+        pthread_mutex_lock(&pool->lock);
+        pthread_cond_broadcast(&pool->work);
+        pthread_mutex_unlock(&pool->lock);
+    }
+    work(pool, 0);
+    wait_until_done(pool);
+}
+
+/* Spinning only pays while every thread has a core of its own. */
+static uint64_t spin_time(unsigned threads) {
+    cpu_set_t cpus;
+    if (sched_getaffinity(0, sizeof cpus, &cpus) != 0) return 0;
+    return threads <= (unsigned)CPU_COUNT(&cpus) ? SPIN_NANOSECONDS : 0;
+}
+
+int graphopt_pool_start(graphopt_pool *pool) {
+    pthread_attr_t attributes;
+    sigset_t all;
+    sigset_t before;
+    int error;
+    if (pool->threads == 1) return 0;
+    pool->spin = spin_time(pool->threads);
+    if ((error = pthread_mutex_init(&pool->lock, NULL))) return error;
+    pthread_cond_init(&pool->work, NULL);
+    pthread_cond_init(&pool->done, NULL);
+    pthread_attr_init(&attributes);
+    pthread_attr_setstacksize(&attributes, WORKER_STACK);
+    /* The application's signals are for its own threads. */
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    while (!error && pool->started < pool->threads - 1) {
+        error = pthread_create(&pool->workers[pool->started], &attributes, worker_main, pool);
+        if (!error) pool->started++;
+    }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_attr_destroy(&attributes);
+    if (error) graphopt_pool_stop(pool);
+    return error;
+}
+
+void graphopt_pool_stop(graphopt_pool *pool) {
+    if (pool->threads == 1) return;
+    pthread_mutex_lock(&pool->lock);
+    atomic_store(&pool->stopping, 1);
+    pthread_cond_broadcast(&pool->work);
+    pthread_mutex_unlock(&pool->lock);
+    for (unsigned i = 0; i < pool->started; i++) pthread_join(pool->workers[i], NULL);
+    pthread_cond_destroy(&pool->done);
+    pthread_cond_destroy(&pool->work);
+    pthread_mutex_destroy(&pool->lock);
+}
