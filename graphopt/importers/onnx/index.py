@@ -1,0 +1,130 @@
+"""ONNX operators that pick elements by position: Slice, Gather and their kin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import fx
+
+from graphopt.importers.onnx.elementwise import to_dtype
+from graphopt.importers.onnx.shape import reshape_to
+from graphopt.importers.onnx.values import (
+    Context,
+    OnnxNode,
+    Refused,
+    Value,
+    axis_of,
+    integers,
+    number,
+    rank,
+    shape,
+)
+
+aten = torch.ops.aten
+
+
+def slice_(ctx: Context, node: OnnxNode) -> Value:
+    """Python's slices, per axis; bounds are attributes before opset 10 and inputs since."""
+    x = node.value(0)
+    if ctx.opset < 10:
+        starts, ends = node.ints("starts") or [], node.ints("ends") or []
+        axes, steps = node.ints("axes"), None
+    else:
+        starts, ends = integers(node.value(1), "starts"), integers(node.value(2), "ends")
+        axes = integers(node.value(3), "axes") if node.has(3) else None
+        steps = integers(node.value(4), "steps") if node.has(4) else None
+    axes = list(range(len(starts))) if axes is None else [axis_of(a, rank(x)) for a in axes]
+    steps = steps or [1] * len(starts)
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+        size = shape(x)[axis]
+        begin, stop, step = slice(start, end, step).indices(size)
+        if (begin, stop, step) == (0, size, 1):
+            continue
+        if step > 0:
+            x = ctx.op(aten.slice.Tensor, x, axis, begin, max(begin, stop), step)
+        else:
+            places = torch.arange(begin, min(begin, stop), step)
+            x = ctx.op(aten.index_select.default, x, axis, places)
+    return x
+
+
+def gather(ctx: Context, node: OnnxNode) -> Value:
+    """Whole slices of the data, chosen along one axis; negative indices count from the end."""
+    data, indices = node.value(0), node.value(1)
+    axis = axis_of(node.int("axis", 0), rank(data))
+    size = shape(data)[axis]
+    wanted = [*shape(data)[:axis], *shape(indices), *shape(data)[axis + 1 :]]
+    if isinstance(indices, torch.Tensor):
+        flat = _from_front(indices, size)
+        if _is_run(flat):
+            begin = int(flat[0])
+            run = ctx.op(aten.slice.Tensor, data, axis, begin, begin + flat.numel())
+            return reshape_to(ctx, run, wanted)
+        return reshape_to(ctx, ctx.op(aten.index_select.default, data, axis, flat), wanted)
+    places = _wrapped(ctx, indices, size)
+    if axis == 0 and rank(data) == 2:
+        return ctx.op(aten.embedding.default, data, places)
+    line = reshape_to(ctx, places, [-1]) if rank(places) != 1 else places
+    return reshape_to(ctx, ctx.op(aten.index_select.default, data, axis, line), wanted)
+
+
+def gather_elements(ctx: Context, node: OnnxNode) -> Value:
+    """Single elements along one axis."""
+    data, indices = node.value(0), node.value(1)
+    axis = axis_of(node.int("axis", 0), rank(data))
+    places = _wrapped(ctx, to_dtype(ctx, indices, torch.int64), shape(data)[axis])
+    return ctx.op(aten.gather.default, data, axis, places)
+
+
+def _wrapped(ctx: Context, indices: Value, size: int) -> Value:
+    negative = ctx.op(aten.lt.Scalar, indices, 0)
+    return ctx.op(aten.where.self, negative, ctx.op(aten.add.Tensor, indices, size), indices)
+
+
+def _from_front(indices: torch.Tensor, size: int) -> torch.Tensor:
+    flat = indices.reshape(-1).to(torch.int64)
+    flat = torch.where(flat < 0, flat + size, flat)
+    if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= size):
+        raise Refused(f"an index is outside the axis of size {size}")
+    return flat
+
+
+def _is_run(flat: torch.Tensor) -> bool:
+    """Whether the indices are consecutive, so that a slice will do."""
+    if flat.numel() == 0:
+        return False
+    return torch.equal(flat, torch.arange(flat.numel()) + flat[0])
+
+
+def arg_extreme(target: Callable[..., torch.Tensor]) -> Callable[[Context, OnnxNode], Value]:
+    """Where the largest or smallest element is; the first one among equals."""
+
+    def handler(ctx: Context, node: OnnxNode) -> Value:
+        if node.int("select_last_index", 0):
+            raise Refused("select_last_index = 1")
+        x = node.value(0)
+        axis = axis_of(node.int("axis", 0), rank(x))
+        return ctx.op(target, x, axis, bool(node.int("keepdims", 1)))
+
+    return handler
+
+
+def cumulative_sum(ctx: Context, node: OnnxNode) -> Value:
+    """Running totals along a constant axis."""
+    if node.int("exclusive", 0) or node.int("reverse", 0):
+        raise Refused("exclusive or reverse is set")
+    x = node.value(0)
+    axis = axis_of(int(number(node.value(1), "axis")), rank(x))
+    dtype = x.meta["val"].dtype if isinstance(x, fx.Node) else x.dtype
+    return ctx.op(aten.cumsum.default, x, axis, dtype=dtype)
+
+
+HANDLERS: dict[str, Callable[[Context, OnnxNode], Value]] = {
+    "ArgMax": arg_extreme(aten.argmax.default),
+    "ArgMin": arg_extreme(aten.argmin.default),
+    "CumSum": cumulative_sum,
+    "Gather": gather,
+    "GatherElements": gather_elements,
+    "Slice": slice_,
+}

@@ -1,0 +1,129 @@
+"""ONNX pooling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from graphopt.importers.onnx.shape import constant_pad, reshape_to
+from graphopt.importers.onnx.values import Context, OnnxNode, Refused, Value, dtype, rank, shape
+from graphopt.importers.onnx.windows import Windows, read_windows
+
+aten = torch.ops.aten
+Pool = Callable[[Context, OnnxNode, Value, Windows], Value]
+
+
+def spatial(pool: Pool) -> Callable[[Context, OnnxNode], Value]:
+    """A handler that gives `pool` pictures: one spatial axis becomes a picture one row high."""
+
+    def handler(ctx: Context, node: OnnxNode) -> Value:
+        node.only_first_output()
+        x = node.value(0)
+        if rank(x) not in (3, 4):
+            raise Refused(f"its input has {rank(x)} dimensions, not 3 or 4")
+        windows = read_windows(node, shape(x)[2:], node.ints("kernel_shape") or [])
+        if rank(x) == 4:
+            return pool(ctx, node, x, windows)
+        batch, channels, length = shape(x)
+        row = reshape_to(ctx, x, [batch, channels, 1, length])
+        result = pool(ctx, node, row, _with_row(windows))
+        return reshape_to(ctx, result, [batch, channels, *windows.output])
+
+    return handler
+
+
+def _with_row(windows: Windows) -> Windows:
+    return Windows(
+        (1, *windows.kernel),
+        (1, *windows.strides),
+        (1, *windows.dilations),
+        ((0, 0), *windows.pads),
+        (1, *windows.output),
+    )
+
+
+def max_pool(ctx: Context, node: OnnxNode, x: Value, windows: Windows) -> Value:
+    """The largest element of each window; padding never wins."""
+    if node.int("storage_order", 0):
+        raise Refused("storage_order = 1")
+    if not dtype(x).is_floating_point:
+        raise Refused(f"its input is {dtype(x)}, not floating point")
+    ceil = bool(node.int("ceil_mode", 0))
+    padding = [head for head, _ in windows.pads]
+    # ATen pads at most half a window.
+    small = all(0 <= p <= span // 2 for p, span in zip(padding, windows.spans, strict=True))
+    if not windows.symmetric or not small:
+        pads = windows.exact_pads(shape(x)[2:])
+        x = constant_pad(ctx, x, [(0, 0), (0, 0), *pads], -math.inf)
+        padding, ceil = [0, 0], False
+    kernel, strides, dilations = windows.kernel, windows.strides, windows.dilations
+    result = ctx.op(
+        aten.max_pool2d.default,
+        x,
+        list(kernel),
+        list(strides),
+        padding,
+        list(dilations),
+        ceil,
+    )
+    return _checked(result, windows)
+
+
+def average_pool(ctx: Context, node: OnnxNode, x: Value, windows: Windows) -> Value:
+    """The mean of each window, over the padding too if `count_include_pad`."""
+    if any(dilation != 1 for dilation in windows.dilations):
+        raise Refused(f"dilations {list(windows.dilations)}")
+    ceil, count_pad = bool(node.int("ceil_mode", 0)), bool(node.int("count_include_pad", 0))
+    padding = [head for head, _ in windows.pads]
+    kernel, strides = list(windows.kernel), list(windows.strides)
+    small = all(0 <= p <= k // 2 for p, k in zip(padding, kernel, strict=True))
+    if windows.symmetric and small:
+        result = ctx.op(aten.avg_pool2d.default, x, kernel, strides, padding, ceil, count_pad)
+        return _checked(result, windows)
+    sizes = shape(x)[2:]
+    pads = windows.exact_pads(sizes)
+    padded = constant_pad(ctx, x, [(0, 0), (0, 0), *pads])
+    mean = ctx.op(aten.avg_pool2d.default, padded, kernel, strides, [0, 0], False, True)
+    rows, columns = (_counted(sizes[axis], windows, axis, count_pad) for axis in range(2))
+    share = math.prod(kernel) / (rows[:, None] * columns[None, :])
+    if bool((share == 1).all()):
+        return mean
+    return ctx.op(aten.mul.Tensor, mean, share.to(dtype(x)))
+
+
+def _counted(size: int, windows: Windows, axis: int, count_pad: bool) -> torch.Tensor:
+    """How many positions of each window count along one axis."""
+    head, tail = windows.pads[axis] if count_pad else (0, 0)
+    starts = torch.arange(windows.output[axis]) * windows.strides[axis] - windows.pads[axis][0]
+    ends = (starts + windows.kernel[axis]).clamp(max=size + tail)
+    return (ends - starts.clamp(min=-head)).to(torch.float64)
+
+
+def _checked(result: Value, windows: Windows) -> Value:
+    if shape(result)[2:] != windows.output:
+        raise Refused(f"ceil_mode: {shape(result)[2:]} windows instead of {windows.output}")
+    return result
+
+
+def global_average(ctx: Context, node: OnnxNode) -> Value:
+    """The mean over all spatial axes."""
+    return ctx.op(aten.mean.dim, node.value(0), _spatial_axes(node.value(0)), True)
+
+
+def global_max(ctx: Context, node: OnnxNode) -> Value:
+    """The maximum over all spatial axes."""
+    return ctx.op(aten.amax.default, node.value(0), _spatial_axes(node.value(0)), True)
+
+
+def _spatial_axes(x: Value) -> Sequence[int]:
+    return list(range(2, rank(x)))
+
+
+HANDLERS: dict[str, Callable[[Context, OnnxNode], Value]] = {
+    "AveragePool": spatial(average_pool),
+    "GlobalAveragePool": global_average,
+    "GlobalMaxPool": global_max,
+    "MaxPool": spatial(max_pool),
+}
