@@ -22,6 +22,8 @@ def to_tensor(array: np.ndarray[Any, Any] | np.generic, name: str) -> torch.Tens
     Raises:
         InputError: torch has no such dtype (strings, objects).
     """
+    if array.dtype.name == "bfloat16":  # an extension type that torch does not take from numpy
+        return torch.from_numpy(array.astype(np.float32)).to(torch.bfloat16)
     try:
         return torch.from_numpy(np.array(array))
     except TypeError:

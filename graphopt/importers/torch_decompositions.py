@@ -45,7 +45,7 @@ KEPT: tuple[Any, ...] = (
     aten.upsample_bilinear2d.vec,
 )
 
-Shape = Sequence[int]
+Shape = Sequence[int] | int
 
 
 def _vector_norm(
@@ -55,11 +55,13 @@ def _vector_norm(
     keepdim: bool = False,
     *,
     dtype: torch.dtype | None = None,
-) -> torch.Tensor:
+) -> Any:
     """‖x‖ over `dim` for the orders that have a plain form; others stay as they are."""
     if dtype is not None:
         x = x.to(dtype)
-    axes = list(range(x.dim())) if dim is None else list([dim] if isinstance(dim, int) else dim)
+    if isinstance(dim, int):
+        dim = [dim]
+    axes = list(range(x.dim())) if dim is None else list(dim)
     if ord == 2:
         return torch.sqrt(torch.sum(x * x, axes, keepdim))
     if ord == 1:
@@ -87,7 +89,7 @@ EXTRA: dict[Any, Callable[..., Any]] = {
 
 def decompositions() -> Any:
     """The table for `ExportedProgram.run_decompositions`."""
-    table = torch.export.default_decompositions()
+    table: Any = torch.export.default_decompositions()
     for operator in KEPT:
         table.pop(operator, None)
     for operator, rule in EXTRA.items():

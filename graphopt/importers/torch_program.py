@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -107,8 +107,9 @@ class _Copier:
     def operator(self, node: fx.Node) -> None:
         if node.target in CHECKS:
             return
-        args = fx.map_arg(node.args, lambda n: self.env[n])
-        kwargs = fx.map_arg(node.kwargs, lambda n: self.env[n])
+        target: Any = node.target
+        args: Any = fx.map_arg(node.args, lambda n: self.env[n])
+        kwargs: Any = fx.map_arg(node.kwargs, lambda n: self.env[n])
         if node.target in SAME_VALUE:
             self.env[node] = args[0]
             return
@@ -118,7 +119,7 @@ class _Copier:
         if _is_getitem(node) and isinstance(args[0], tuple):
             self.env[node] = args[0][args[1]]
             return
-        self.env[node] = self.gm.graph.call_function(node.target, args, kwargs)
+        self.env[node] = self.gm.graph.call_function(target, args, kwargs)
         self.fill_meta(self.env[node], node)
 
     def batch_norm(self, node: fx.Node, args: tuple[Any, ...]) -> fx.Node:
@@ -136,8 +137,8 @@ class _Copier:
 
     def outputs(self) -> None:
         node = G.output_node(self.program.graph_module)
-        results = [self.env[result] if isinstance(result, fx.Node) else None
-                   for result in node.args[0]]  # fmt: skip
+        listed = cast(Sequence[Any], node.args[0])
+        results = [self.env[item] if isinstance(item, fx.Node) else None for item in listed]
         names = output_names(self.program, len(results))
         kept = [(n, r) for n, r in zip(names, results, strict=True) if isinstance(r, fx.Node)]
         output = self.gm.graph.output(tuple(result for _, result in kept))

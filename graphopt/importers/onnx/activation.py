@@ -14,29 +14,31 @@ aten = torch.ops.aten
 
 def leaky_relu(ctx: Context, node: OnnxNode) -> Value:
     """x, or alpha x below zero."""
-    return ctx.op(aten.leaky_relu.default, node.value(0), node.float("alpha", 0.01))
+    return ctx.op(aten.leaky_relu.default, node.value(0), node.get_float("alpha", 0.01))
 
 
 def elu(ctx: Context, node: OnnxNode) -> Value:
     """x, or alpha (exp(x) - 1) below zero."""
-    return ctx.op(aten.elu.default, node.value(0), node.float("alpha", 1.0))
+    return ctx.op(aten.elu.default, node.value(0), node.get_float("alpha", 1.0))
 
 
 def selu(ctx: Context, node: OnnxNode) -> Value:
     """Elu times gamma; the defaults are the operator's own constants."""
-    alpha = node.float("alpha", 1.6732632423543772)
-    return ctx.op(aten.elu.default, node.value(0), alpha, node.float("gamma", 1.0507009873554805))
+    alpha = node.get_float("alpha", 1.6732632423543772)
+    return ctx.op(
+        aten.elu.default, node.value(0), alpha, node.get_float("gamma", 1.0507009873554805)
+    )
 
 
 def celu(ctx: Context, node: OnnxNode) -> Value:
     """x, or alpha (exp(x / alpha) - 1) below zero."""
-    alpha = node.float("alpha", 1.0)
+    alpha = node.get_float("alpha", 1.0)
     return ctx.op(aten.elu.default, node.value(0), alpha, 1.0, 1.0 / alpha)
 
 
 def hard_sigmoid(ctx: Context, node: OnnxNode) -> Value:
     """alpha x + beta clipped to [0, 1]; with 1/6 and 1/2 it is PyTorch's own."""
-    x, alpha, beta = node.value(0), node.float("alpha", 0.2), node.float("beta", 0.5)
+    x, alpha, beta = node.value(0), node.get_float("alpha", 0.2), node.get_float("beta", 0.5)
     if abs(alpha - 1 / 6) < 1e-7 and beta == 0.5:
         return ctx.op(aten.hardsigmoid.default, x)
     line = ctx.op(aten.add.Tensor, ctx.op(aten.mul.Tensor, x, alpha), beta)
@@ -45,7 +47,7 @@ def hard_sigmoid(ctx: Context, node: OnnxNode) -> Value:
 
 def gelu(ctx: Context, node: OnnxNode) -> Value:
     """Exact, or with the tanh formula."""
-    approximate = node.str("approximate", "none")
+    approximate = node.get_str("approximate", "none")
     return ctx.op(aten.gelu.default, node.value(0), approximate=approximate)
 
 
@@ -59,7 +61,7 @@ def prelu(ctx: Context, node: OnnxNode) -> Value:
 def thresholded_relu(ctx: Context, node: OnnxNode) -> Value:
     """x where it is over alpha, else 0."""
     x = node.value(0)
-    over = ctx.op(aten.gt.Scalar, x, node.float("alpha", 1.0))
+    over = ctx.op(aten.gt.Scalar, x, node.get_float("alpha", 1.0))
     return ctx.op(aten.where.self, over, x, ctx.op(aten.mul.Tensor, x, 0.0))
 
 
@@ -88,7 +90,7 @@ def mish(ctx: Context, node: OnnxNode) -> Value:
 
 def swish(ctx: Context, node: OnnxNode) -> Value:
     """x sigmoid(alpha x)."""
-    x, alpha = node.value(0), node.float("alpha", 1.0)
+    x, alpha = node.value(0), node.get_float("alpha", 1.0)
     if alpha == 1.0:
         return ctx.op(aten.silu.default, x)
     scaled = ctx.op(aten.mul.Tensor, x, alpha)
@@ -116,7 +118,7 @@ def _along(ctx: Context, node: OnnxNode, apply: Callable[[Value, int], Value]) -
     x = node.value(0)
     if rank(x) == 0:
         raise Refused("its input has no dimensions")
-    axis = axis_of(node.int("axis", -1 if ctx.opset >= 13 else 1), rank(x))
+    axis = axis_of(node.get_int("axis", -1 if ctx.opset >= 13 else 1), rank(x))
     sizes = shape(x)
     if ctx.opset >= 13 or all(size == 1 for size in sizes[axis + 1 :]):
         return apply(x, axis)

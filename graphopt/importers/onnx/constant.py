@@ -52,7 +52,7 @@ def constant_of_shape(ctx: Context, node: OnnxNode) -> Value:
 def shape_of(ctx: Context, node: OnnxNode) -> Value:
     """Shapes are static, so this is a constant whatever the input is."""
     sizes = shape(node.value(0))
-    start, end = node.int("start", 0), node.int("end", len(sizes))
+    start, end = node.get_int("start", 0), node.get_int("end", len(sizes))
     return torch.tensor(sizes[slice(start, end)], dtype=torch.int64)
 
 
@@ -85,9 +85,9 @@ def non_zero(ctx: Context, node: OnnxNode) -> Value:
 def eye_like(ctx: Context, node: OnnxNode) -> Value:
     """Ones on a diagonal."""
     x = node.value(0)
-    kind = torch_dtype(node.int("dtype", 0)) if "dtype" in node.attributes else dtype(x)
+    kind = torch_dtype(node.get_int("dtype", 0)) if "dtype" in node.attributes else dtype(x)
     rows, columns = shape(x)
-    offset = node.int("k", 0)
+    offset = node.get_int("k", 0)
     difference = torch.arange(columns)[None, :] - torch.arange(rows)[:, None]
     return (difference == offset).to(kind)
 

@@ -32,7 +32,7 @@ def conv(ctx: Context, node: OnnxNode) -> Value:
         list(windows.dilations),
         False,
         [0] * len(padding),
-        node.int("group", 1),
+        node.get_int("group", 1),
     )
 
 
@@ -42,9 +42,9 @@ def conv_transpose(ctx: Context, node: OnnxNode) -> Value:
     _check_rank(x)
     sizes, kernel = shape(x)[2:], shape(weight)[2:]
     dimensions = len(sizes)
-    strides = node.ints("strides") or [1] * dimensions
-    dilations = node.ints("dilations") or [1] * dimensions
-    extra = node.ints("output_padding") or [0] * dimensions
+    strides = node.get_ints("strides") or [1] * dimensions
+    dilations = node.get_ints("dilations") or [1] * dimensions
+    extra = node.get_ints("output_padding") or [0] * dimensions
     full = [
         stride * (size - 1) + added + (k - 1) * dilation + 1
         for size, k, stride, dilation, added in zip(
@@ -65,7 +65,7 @@ def conv_transpose(ctx: Context, node: OnnxNode) -> Value:
         dilations,
         True,
         extra,
-        node.int("group", 1),
+        node.get_int("group", 1),
     )
     if even:
         return result
@@ -83,12 +83,12 @@ def _transposed_pads(
 ) -> list[tuple[int, int]]:
     """What to cut off the full result, from `pads`, `output_shape` or `auto_pad`."""
     dimensions = len(full)
-    mode = node.str("auto_pad", "NOTSET")
-    wanted = node.ints("output_shape")
+    mode = node.get_str("auto_pad", "NOTSET")
+    wanted = node.get_ints("output_shape")
     if wanted is None and mode in ("SAME_UPPER", "SAME_LOWER"):
         wanted = [size * stride for size, stride in zip(sizes, strides, strict=True)]
     if wanted is None:
-        flat = node.ints("pads") or [0] * (2 * dimensions)
+        flat = node.get_ints("pads") or [0] * (2 * dimensions)
         flat = [0] * len(flat) if mode == "VALID" else flat
         return [(flat[i], flat[i + dimensions]) for i in range(dimensions)]
     pads = []

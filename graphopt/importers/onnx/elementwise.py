@@ -83,7 +83,7 @@ def div(ctx: Context, node: OnnxNode) -> Value:
 
 def mod(ctx: Context, node: OnnxNode) -> Value:
     """The sign follows the divisor, or with `fmod` the dividend."""
-    target = aten.fmod.Tensor if node.int("fmod", 0) else aten.remainder.Tensor
+    target = aten.fmod.Tensor if node.get_int("fmod", 0) else aten.remainder.Tensor
     return ctx.op(target, node.value(0), node.value(1))
 
 
@@ -137,7 +137,7 @@ def _clamp(ctx: Context, x: Value, low: float | None, high: float | None) -> Val
 
 def cast(ctx: Context, node: OnnxNode) -> Value:
     """To the type the attribute names."""
-    return to_dtype(ctx, node.value(0), torch_dtype(node.int("to", 0)))
+    return to_dtype(ctx, node.value(0), torch_dtype(node.get_int("to", 0)))
 
 
 def cast_like(ctx: Context, node: OnnxNode) -> Value:
@@ -158,7 +158,7 @@ def where(ctx: Context, node: OnnxNode) -> Value:
 def is_inf(ctx: Context, node: OnnxNode) -> Value:
     """Infinities of the signs the attributes ask for."""
     x = node.value(0)
-    positive, negative = node.int("detect_positive", 1), node.int("detect_negative", 1)
+    positive, negative = node.get_int("detect_positive", 1), node.get_int("detect_negative", 1)
     if positive and negative:
         return ctx.op(aten.isinf.default, x)
     if not positive and not negative:
@@ -171,12 +171,10 @@ def comparison(target: Any, flipped: Any) -> Handler:
 
     def handler(ctx: Context, node: OnnxNode) -> Value:
         left, right = node.value(0), node.value(1)
+        tensor, constant, overload = left, right, target
         if isinstance(right, fx.Node) and not isinstance(left, fx.Node):
-            value, tensor, overload = scalar(left), right, flipped
-            constant = left
-        else:
-            value, tensor, overload = scalar(right), left, target
-            constant = right
+            tensor, constant, overload = right, left, flipped
+        value = scalar(constant)
         if isinstance(tensor, fx.Node) and value is not None and rank(constant) <= rank(tensor):
             return ctx.op(overload.Scalar, tensor, value)
         return ctx.op(target.Tensor, left, right)

@@ -140,10 +140,8 @@ class _Walk:
         self.nodes(taken)
         return tuple(self.result(tensor) for tensor in taken.outputs)
 
-    def operand(self, tensor: gs.Tensor) -> Value | _Lost | None:
-        if tensor.is_empty():
-            return None
-        return self.result(tensor)
+    def operand(self, tensor: gs.Tensor) -> Any:
+        return None if tensor.is_empty() else self.result(tensor)
 
     def result(self, tensor: gs.Tensor) -> Any:
         found = self.values.get(id(tensor))

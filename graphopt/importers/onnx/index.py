@@ -28,8 +28,8 @@ def slice_(ctx: Context, node: OnnxNode) -> Value:
     """Python's slices, per axis; bounds are attributes before opset 10 and inputs since."""
     x = node.value(0)
     if ctx.opset < 10:
-        starts, ends = node.ints("starts") or [], node.ints("ends") or []
-        axes, steps = node.ints("axes"), None
+        starts, ends = node.get_ints("starts") or [], node.get_ints("ends") or []
+        axes, steps = node.get_ints("axes"), None
     else:
         starts, ends = integers(node.value(1), "starts"), integers(node.value(2), "ends")
         axes = integers(node.value(3), "axes") if node.has(3) else None
@@ -52,7 +52,7 @@ def slice_(ctx: Context, node: OnnxNode) -> Value:
 def gather(ctx: Context, node: OnnxNode) -> Value:
     """Whole slices of the data, chosen along one axis; negative indices count from the end."""
     data, indices = node.value(0), node.value(1)
-    axis = axis_of(node.int("axis", 0), rank(data))
+    axis = axis_of(node.get_int("axis", 0), rank(data))
     size = shape(data)[axis]
     wanted = [*shape(data)[:axis], *shape(indices), *shape(data)[axis + 1 :]]
     if isinstance(indices, torch.Tensor):
@@ -72,7 +72,7 @@ def gather(ctx: Context, node: OnnxNode) -> Value:
 def gather_elements(ctx: Context, node: OnnxNode) -> Value:
     """Single elements along one axis."""
     data, indices = node.value(0), node.value(1)
-    axis = axis_of(node.int("axis", 0), rank(data))
+    axis = axis_of(node.get_int("axis", 0), rank(data))
     places = _wrapped(ctx, to_dtype(ctx, indices, torch.int64), shape(data)[axis])
     return ctx.op(aten.gather.default, data, axis, places)
 
@@ -101,18 +101,18 @@ def arg_extreme(target: Callable[..., torch.Tensor]) -> Callable[[Context, OnnxN
     """Where the largest or smallest element is; the first one among equals."""
 
     def handler(ctx: Context, node: OnnxNode) -> Value:
-        if node.int("select_last_index", 0):
+        if node.get_int("select_last_index", 0):
             raise Refused("select_last_index = 1")
         x = node.value(0)
-        axis = axis_of(node.int("axis", 0), rank(x))
-        return ctx.op(target, x, axis, bool(node.int("keepdims", 1)))
+        axis = axis_of(node.get_int("axis", 0), rank(x))
+        return ctx.op(target, x, axis, bool(node.get_int("keepdims", 1)))
 
     return handler
 
 
 def cumulative_sum(ctx: Context, node: OnnxNode) -> Value:
     """Running totals along a constant axis."""
-    if node.int("exclusive", 0) or node.int("reverse", 0):
+    if node.get_int("exclusive", 0) or node.get_int("reverse", 0):
         raise Refused("exclusive or reverse is set")
     x = node.value(0)
     axis = axis_of(int(number(node.value(1), "axis")), rank(x))

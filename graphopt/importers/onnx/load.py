@@ -6,7 +6,6 @@ from pathlib import Path
 
 import onnx
 import onnx_graphsurgeon as gs
-from google.protobuf.message import DecodeError
 from onnx.external_data_helper import load_external_data_for_model, uses_external_data
 from onnx.inliner import inline_local_functions
 
@@ -52,12 +51,12 @@ def load(source: Path | onnx.ModelProto) -> tuple[gs.Graph, int]:
 def _read(path: Path) -> onnx.ModelProto:
     try:
         model = onnx.load(path, load_external_data=False)
-    except DecodeError as error:
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
+    except Exception as error:  # protobuf's DecodeError, or a decoding error of a text form
         raise ModelError(
             f"{path} is not an ONNX file, or it is damaged", hint="export or download it again"
         ) from error
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
     missing = [location for location in _external(model) if not (path.parent / location).is_file()]
     if missing:
         raise ModelError(
@@ -89,6 +88,8 @@ def _external(model: onnx.ModelProto) -> list[str]:
 def _opset(model: onnx.ModelProto, name: str) -> int:
     versions = [o.version for o in model.opset_import if o.domain in _DEFAULT_DOMAINS]
     newest = onnx.defs.onnx_opset_version()
+    if not versions and all(node.domain not in _DEFAULT_DOMAINS for node in model.graph.node):
+        return int(newest)
     if not versions:
         raise ModelError(
             f"{name} does not say which version of the ONNX operators it uses",

@@ -25,12 +25,12 @@ def matmul(ctx: Context, node: OnnxNode) -> Value:
 def gemm(ctx: Context, node: OnnxNode) -> Value:
     """alpha A B + beta C, with A and B optionally transposed."""
     left, right, addend = node.value(0), node.value(1), node.optional(2)
-    alpha, beta = node.float("alpha", 1.0), node.float("beta", 1.0)
-    if node.int("transA", 0):
+    alpha, beta = node.get_float("alpha", 1.0), node.get_float("beta", 1.0)
+    if node.get_int("transA", 0):
         left = permute_to(ctx, left, (1, 0))
     if not dtype(left).is_floating_point:
         return _integer_gemm(ctx, node, left, right, addend)
-    weight = right if node.int("transB", 0) else _named_transpose(ctx, right)
+    weight = right if node.get_int("transB", 0) else _named_transpose(ctx, right)
     if alpha != 1.0:
         weight = ctx.op(aten.mul.Tensor, weight, alpha)
     if addend is None or beta == 0.0:
@@ -47,14 +47,14 @@ def gemm(ctx: Context, node: OnnxNode) -> Value:
 def _integer_gemm(
     ctx: Context, node: OnnxNode, left: Value, right: Value, addend: Value | None
 ) -> Value:
-    if node.int("transB", 0):
+    if node.get_int("transB", 0):
         right = permute_to(ctx, right, (1, 0))
     result = ctx.op(aten.matmul.default, left, right)
-    if node.float("alpha", 1.0) != 1.0:
-        result = ctx.op(aten.mul.Tensor, result, int(node.float("alpha", 1.0)))
+    if node.get_float("alpha", 1.0) != 1.0:
+        result = ctx.op(aten.mul.Tensor, result, int(node.get_float("alpha", 1.0)))
     if addend is None:
         return result
-    return ctx.op(aten.add.Tensor, result, addend, alpha=int(node.float("beta", 1.0)))
+    return ctx.op(aten.add.Tensor, result, addend, alpha=int(node.get_float("beta", 1.0)))
 
 
 def _named_transpose(ctx: Context, weight: Value) -> Value:

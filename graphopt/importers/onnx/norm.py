@@ -15,12 +15,12 @@ aten = torch.ops.aten
 
 def batch_norm(ctx: Context, node: OnnxNode) -> Value:
     """With the stored mean and variance."""
-    if node.int("training_mode", 0) or any(node.used[1:]):
+    if node.get_int("training_mode", 0) or any(node.used[1:]):
         raise Refused("it is in training mode")
-    if ctx.opset < 9 and not node.int("spatial", 1):
+    if ctx.opset < 9 and not node.get_int("spatial", 1):
         raise Refused("spatial = 0")
     x, scale, bias, mean, variance = (node.value(i) for i in range(5))
-    eps = node.float("epsilon", 1e-5)
+    eps = node.get_float("epsilon", 1e-5)
     return ctx.op(aten.batch_norm.default, x, scale, bias, mean, variance, False, 0.0, eps, False)
 
 
@@ -28,19 +28,19 @@ def layer_norm(ctx: Context, node: OnnxNode) -> Value:
     """Over all axes from `axis` on."""
     node.only_first_output()
     x, scale, bias = node.value(0), node.value(1), node.optional(2)
-    over = list(shape(x)[axis_of(node.int("axis", -1), rank(x)) :])
+    over = list(shape(x)[axis_of(node.get_int("axis", -1), rank(x)) :])
     scale = expand_to(ctx, scale, over)
     bias = None if bias is None else expand_to(ctx, bias, over)
-    eps = node.float("epsilon", 1e-5)
+    eps = node.get_float("epsilon", 1e-5)
     return ctx.op(aten.layer_norm.default, x, over, scale, bias, eps, False)
 
 
 def rms_norm(ctx: Context, node: OnnxNode) -> Value:
     """x over the root of its mean square, times scale."""
     x, scale = node.value(0), node.value(1)
-    axes = list(range(axis_of(node.int("axis", -1), rank(x)), rank(x)))
+    axes = list(range(axis_of(node.get_int("axis", -1), rank(x)), rank(x)))
     square = ctx.op(aten.mean.dim, ctx.op(aten.mul.Tensor, x, x), axes, True)
-    shifted = ctx.op(aten.add.Tensor, square, node.float("epsilon", 1e-5))
+    shifted = ctx.op(aten.add.Tensor, square, node.get_float("epsilon", 1e-5))
     normal = ctx.op(aten.div.Tensor, x, ctx.op(aten.sqrt.default, shifted))
     return ctx.op(aten.mul.Tensor, normal, scale)
 
@@ -48,7 +48,7 @@ def rms_norm(ctx: Context, node: OnnxNode) -> Value:
 def instance_norm(ctx: Context, node: OnnxNode) -> Value:
     """Per sample and channel."""
     x, scale, bias = node.value(0), node.value(1), node.value(2)
-    normal = _standardise(ctx, x, list(range(2, rank(x))), node.float("epsilon", 1e-5))
+    normal = _standardise(ctx, x, list(range(2, rank(x))), node.get_float("epsilon", 1e-5))
     return _scale_channels(ctx, normal, scale, bias)
 
 
@@ -56,10 +56,10 @@ def group_norm(ctx: Context, node: OnnxNode) -> Value:
     """Per sample and group of channels; scale and bias are per group before opset 21."""
     x, scale, bias = node.value(0), node.value(1), node.value(2)
     sizes = shape(x)
-    groups = node.int("num_groups", 1)
+    groups = node.get_int("num_groups", 1)
     grouped = reshape_to(ctx, x, [sizes[0], groups, sizes[1] // groups, *sizes[2:]])
     axes = list(range(2, rank(x) + 1))
-    normal = _standardise(ctx, grouped, axes, node.float("epsilon", 1e-5))
+    normal = _standardise(ctx, grouped, axes, node.get_float("epsilon", 1e-5))
     if ctx.opset < 21:
         return reshape_to(ctx, _scale_channels(ctx, normal, scale, bias), sizes)
     return _scale_channels(ctx, reshape_to(ctx, normal, sizes), scale, bias)
@@ -81,8 +81,8 @@ def _scale_channels(ctx: Context, x: Value, scale: Value, bias: Value) -> Value:
 
 def lp_norm(ctx: Context, node: OnnxNode) -> Value:
     """x over its length along an axis."""
-    x, order = node.value(0), node.int("p", 2)
-    axis = axis_of(node.int("axis", -1), rank(x))
+    x, order = node.value(0), node.get_int("p", 2)
+    axis = axis_of(node.get_int("axis", -1), rank(x))
     if order == 1:
         length = ctx.op(aten.sum.dim_IntList, ctx.op(aten.abs.default, x), [axis], True)
     elif order == 2:
@@ -98,7 +98,7 @@ def lp_norm(ctx: Context, node: OnnxNode) -> Value:
 
 def local_response_norm(ctx: Context, node: OnnxNode) -> Value:
     """x / (bias + alpha mean(x²))^beta, the mean over `size` neighbouring channels."""
-    x, size = node.value(0), node.int("size", 1)
+    x, size = node.value(0), node.get_int("size", 1)
     sizes = shape(x)
     squares = reshape_to(
         ctx, ctx.op(aten.mul.Tensor, x, x), [sizes[0], 1, sizes[1], math.prod(sizes[2:])]
@@ -106,10 +106,10 @@ def local_response_norm(ctx: Context, node: OnnxNode) -> Value:
     before = (size - 1) // 2
     padded = constant_pad(ctx, squares, [(0, 0), (0, 0), (before, size - 1 - before), (0, 0)])
     mean = ctx.op(aten.avg_pool2d.default, padded, [size, 1], [1, 1])
-    scaled = ctx.op(aten.mul.Tensor, reshape_to(ctx, mean, sizes), node.float("alpha", 1e-4))
-    base = ctx.op(aten.add.Tensor, scaled, node.float("bias", 1.0))
+    scaled = ctx.op(aten.mul.Tensor, reshape_to(ctx, mean, sizes), node.get_float("alpha", 1e-4))
+    base = ctx.op(aten.add.Tensor, scaled, node.get_float("bias", 1.0))
     return ctx.op(
-        aten.div.Tensor, x, ctx.op(aten.pow.Tensor_Scalar, base, node.float("beta", 0.75))
+        aten.div.Tensor, x, ctx.op(aten.pow.Tensor_Scalar, base, node.get_float("beta", 0.75))
     )
 
 

@@ -23,7 +23,7 @@ def spatial(pool: Pool) -> Callable[[Context, OnnxNode], Value]:
         x = node.value(0)
         if rank(x) not in (3, 4):
             raise Refused(f"its input has {rank(x)} dimensions, not 3 or 4")
-        windows = read_windows(node, shape(x)[2:], node.ints("kernel_shape") or [])
+        windows = read_windows(node, shape(x)[2:], node.get_ints("kernel_shape") or [])
         if rank(x) == 4:
             return pool(ctx, node, x, windows)
         batch, channels, length = shape(x)
@@ -46,11 +46,11 @@ def _with_row(windows: Windows) -> Windows:
 
 def max_pool(ctx: Context, node: OnnxNode, x: Value, windows: Windows) -> Value:
     """The largest element of each window; padding never wins."""
-    if node.int("storage_order", 0):
+    if node.get_int("storage_order", 0):
         raise Refused("storage_order = 1")
     if not dtype(x).is_floating_point:
         raise Refused(f"its input is {dtype(x)}, not floating point")
-    ceil = bool(node.int("ceil_mode", 0))
+    ceil = bool(node.get_int("ceil_mode", 0))
     padding = [head for head, _ in windows.pads]
     # ATen pads at most half a window.
     small = all(0 <= p <= span // 2 for p, span in zip(padding, windows.spans, strict=True))
@@ -75,7 +75,7 @@ def average_pool(ctx: Context, node: OnnxNode, x: Value, windows: Windows) -> Va
     """The mean of each window, over the padding too if `count_include_pad`."""
     if any(dilation != 1 for dilation in windows.dilations):
         raise Refused(f"dilations {list(windows.dilations)}")
-    ceil, count_pad = bool(node.int("ceil_mode", 0)), bool(node.int("count_include_pad", 0))
+    ceil, count_pad = bool(node.get_int("ceil_mode", 0)), bool(node.get_int("count_include_pad", 0))
     padding = [head for head, _ in windows.pads]
     kernel, strides = list(windows.kernel), list(windows.strides)
     small = all(0 <= p <= k // 2 for p, k in zip(padding, kernel, strict=True))

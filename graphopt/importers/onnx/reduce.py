@@ -22,12 +22,12 @@ def reduction(reduce: Reduce, inputs_since: int = 18) -> Callable[[Context, Onnx
         x = node.value(0)
         axes = axes_of(ctx, node, inputs_since)
         if not axes:
-            if node.int("noop_with_empty_axes", 0):
+            if node.get_int("noop_with_empty_axes", 0):
                 # The reduction over no axes still applies its function to each element.
                 return reduce(ctx, x, [], True) if rank(x) and reduce in _POINTWISE else x
             axes = list(range(rank(x)))
         return reduce(
-            ctx, x, [axis_of(axis, rank(x)) for axis in axes], bool(node.int("keepdims", 1))
+            ctx, x, [axis_of(axis, rank(x)) for axis in axes], bool(node.get_int("keepdims", 1))
         )
 
     return handler

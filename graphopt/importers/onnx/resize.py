@@ -48,12 +48,12 @@ def resize(ctx: Context, node: OnnxNode) -> Value:
         output = [int(np.floor(size * s)) for size, s in zip(shape(x), scales, strict=True)]
         return _resize(ctx, node, x, output, scales, "asymmetric", "floor")
     for name in ("antialias", "exclude_outside"):
-        if node.int(name, 0):
+        if node.get_int(name, 0):
             raise Refused(f"{name} = 1")
-    policy = node.str("keep_aspect_ratio_policy", "stretch")
+    policy = node.get_str("keep_aspect_ratio_policy", "stretch")
     if policy != "stretch":
         raise Refused(f"keep_aspect_ratio_policy = {policy!r}")
-    axes = node.ints("axes")
+    axes = node.get_ints("axes")
     axes = list(range(rank(x))) if axes is None else [axis_of(a, rank(x)) for a in axes]
     scales = [1.0] * rank(x)
     output = list(shape(x))
@@ -66,8 +66,8 @@ def resize(ctx: Context, node: OnnxNode) -> Value:
         for axis, size in zip(axes, integers(node.value(3), "sizes"), strict=True):
             scales[axis] = size / output[axis]
             output[axis] = size
-    coordinates = node.str("coordinate_transformation_mode", "half_pixel")
-    rounding = node.str("nearest_mode", "round_prefer_floor")
+    coordinates = node.get_str("coordinate_transformation_mode", "half_pixel")
+    rounding = node.get_str("nearest_mode", "round_prefer_floor")
     return _resize(ctx, node, x, output, scales, coordinates, rounding)
 
 
@@ -86,7 +86,7 @@ def _resize(
     coordinates: str,
     rounding: str,
 ) -> Value:
-    mode = node.str("mode", "nearest")
+    mode = node.get_str("mode", "nearest")
     if mode not in ("nearest", "linear", "cubic"):
         raise Refused(f"mode = {mode!r}")
     sizes = shape(x)
@@ -113,7 +113,7 @@ def _resize(
             return ctx.op(aten.upsample_bilinear2d.vec, x, output[2:], False, None)
         if coordinates == "align_corners" and min(output[2:]) > 1:
             return ctx.op(aten.upsample_bilinear2d.vec, x, output[2:], True, None)
-    cubic = node.float("cubic_coeff_a", -0.75)
+    cubic = node.get_float("cubic_coeff_a", -0.75)
     for axis in changed:
         weights = _weights(sources[axis], sizes[axis], mode, cubic)
         x = _along(ctx, x, axis, torch.from_numpy(weights).to(dtype(x)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from graphopt.importers.onnx.values import (
@@ -40,7 +41,7 @@ def reshape(ctx: Context, node: OnnxNode) -> Value:
     """0 keeps a size (unless `allowzero`), -1 takes what is left."""
     x = node.value(0)
     wanted = integers(node.value(1), "sizes")
-    if not node.int("allowzero", 0):
+    if not node.get_int("allowzero", 0):
         wanted = [shape(x)[i] if size == 0 else size for i, size in enumerate(wanted)]
     if -1 in wanted:
         rest = math.prod(size for size in wanted if size != -1)
@@ -52,7 +53,7 @@ def reshape(ctx: Context, node: OnnxNode) -> Value:
 
 def flatten(ctx: Context, node: OnnxNode) -> Value:
     """To two dimensions, split before `axis`."""
-    x, axis = node.value(0), node.int("axis", 1)
+    x, axis = node.value(0), node.get_int("axis", 1)
     axis = axis + rank(x) if axis < 0 else axis
     sizes = shape(x)
     return reshape_to(ctx, x, [math.prod(sizes[:axis]), math.prod(sizes[axis:])])
@@ -61,7 +62,7 @@ def flatten(ctx: Context, node: OnnxNode) -> Value:
 def axes_of(ctx: Context, node: OnnxNode, inputs_since: int, position: int = 1) -> list[int] | None:
     """Axes, an attribute before opset `inputs_since` and an input since; None when left out."""
     if ctx.opset < inputs_since:
-        return node.ints("axes")
+        return node.get_ints("axes")
     value = node.optional(position)
     return None if value is None else integers(value, "axes")
 
@@ -92,15 +93,15 @@ def unsqueeze(ctx: Context, node: OnnxNode) -> Value:
 def transpose(ctx: Context, node: OnnxNode) -> Value:
     """Axes in another order, reversed by default."""
     x = node.value(0)
-    order = node.ints("perm") or list(range(rank(x)))[::-1]
+    order = node.get_ints("perm") or list(range(rank(x)))[::-1]
     return permute_to(ctx, x, order)
 
 
 def expand(ctx: Context, node: OnnxNode) -> Value:
     """Broadcast in both directions: a 1 in the wanted shape keeps the input's size."""
     x = node.value(0)
-    wanted = torch.broadcast_shapes(shape(x), tuple(integers(node.value(1), "sizes")))
-    return expand_to(ctx, x, tuple(wanted))
+    wanted = tuple(integers(node.value(1), "sizes"))
+    return expand_to(ctx, x, np.broadcast_shapes(shape(x), wanted))
 
 
 def expand_to(ctx: Context, x: Value, sizes: Sequence[int]) -> Value:
@@ -111,16 +112,16 @@ def expand_to(ctx: Context, x: Value, sizes: Sequence[int]) -> Value:
 def concat(ctx: Context, node: OnnxNode) -> Value:
     """Join along an axis."""
     parts = [node.value(i) for i in range(len(node.operands))]
-    axis = axis_of(node.int("axis", 0), rank(parts[0]))
+    axis = axis_of(node.get_int("axis", 0), rank(parts[0]))
     return parts[0] if len(parts) == 1 else ctx.op(aten.cat.default, parts, axis)
 
 
 def split(ctx: Context, node: OnnxNode) -> tuple[Value, ...]:
     """Slices along an axis: of given sizes, or equal ones, the last one smaller."""
     x = node.value(0)
-    axis = axis_of(node.int("axis", 0), rank(x))
+    axis = axis_of(node.get_int("axis", 0), rank(x))
     total = shape(x)[axis]
-    sizes = node.ints("split")
+    sizes = node.get_ints("split")
     given = node.optional(1)
     if given is not None:
         sizes = integers(given, "sizes")
@@ -153,10 +154,10 @@ def tile(ctx: Context, node: OnnxNode) -> Value:
 def pad(ctx: Context, node: OnnxNode) -> Value:
     """With a constant, or with elements of the input (reflect, edge, wrap)."""
     x = node.value(0)
-    mode = node.str("mode", "constant")
+    mode = node.get_str("mode", "constant")
     if ctx.opset < 11:
-        pads = node.ints("pads") or []
-        fill: float | int | bool = node.float("value", 0.0)
+        pads = node.get_ints("pads") or []
+        fill: float | int | bool = node.get_float("value", 0.0)
     else:
         pads = integers(node.value(1), "pads")
         fill_value = node.optional(2)
@@ -204,10 +205,10 @@ def _pad_from_inside(ctx: Context, x: Value, axis: int, head: int, tail: int, mo
 
 def depth_to_space(ctx: Context, node: OnnxNode) -> Value:
     """Blocks of channels become blocks of pixels; the block index is outer (DCR) or inner (CRD)."""
-    x, block = node.value(0), node.int("blocksize", 1)
+    x, block = node.value(0), node.get_int("blocksize", 1)
     batch, channels, height, width = shape(x)
     depth = channels // block**2
-    if node.str("mode", "DCR") == "DCR":
+    if node.get_str("mode", "DCR") == "DCR":
         split_sizes, order = (batch, block, block, depth, height, width), (0, 3, 4, 1, 5, 2)
     else:
         split_sizes, order = (batch, depth, block, block, height, width), (0, 1, 4, 2, 5, 3)
@@ -216,12 +217,13 @@ def depth_to_space(ctx: Context, node: OnnxNode) -> Value:
 
 
 def space_to_depth(ctx: Context, node: OnnxNode) -> Value:
-    """Blocks of pixels become channels."""
-    x, block = node.value(0), node.int("blocksize", 1)
+    """Blocks of pixels become channels; modes as for DepthToSpace."""
+    x, block = node.value(0), node.get_int("blocksize", 1)
     batch, channels, height, width = shape(x)
     rows, columns = height // block, width // block
     apart = reshape_to(ctx, x, (batch, channels, rows, block, columns, block))
-    apart = permute_to(ctx, apart, (0, 3, 5, 1, 2, 4))
+    blocks_outside = node.get_str("mode", "DCR") == "DCR"
+    apart = permute_to(ctx, apart, (0, 3, 5, 1, 2, 4) if blocks_outside else (0, 1, 3, 5, 2, 4))
     return reshape_to(ctx, apart, (batch, channels * block**2, rows, columns))
 
 
@@ -231,7 +233,7 @@ def trilu(ctx: Context, node: OnnxNode) -> Value:
     diagonal = 0 if not node.has(1) else int(number(node.value(1), "diagonal"))
     rows, columns = shape(x)[-2:]
     difference = torch.arange(columns)[None, :] - torch.arange(rows)[:, None]
-    keep = difference >= diagonal if node.int("upper", 1) else difference <= diagonal
+    keep = difference >= diagonal if node.get_int("upper", 1) else difference <= diagonal
     zero = torch.zeros((), dtype=dtype(x))
     return ctx.op(aten.where.self, keep, x, zero)
 

@@ -60,19 +60,19 @@ class OnnxNode:
         """An input or None."""
         return self.operands[position] if position < len(self.operands) else None
 
-    def int(self, name: str, default: int) -> int:
+    def get_int(self, name: str, default: int) -> int:
         """An integer attribute."""
         return int(self.attributes.get(name, default))
 
-    def float(self, name: str, default: float) -> float:
+    def get_float(self, name: str, default: float) -> float:
         """A float attribute."""
         return float(self.attributes.get(name, default))
 
-    def str(self, name: str, default: str) -> str:
+    def get_str(self, name: str, default: str) -> str:
         """A string attribute."""
         return str(self.attributes.get(name, default))
 
-    def ints(self, name: str, default: Sequence[int] | None = None) -> list[int] | None:
+    def get_ints(self, name: str, default: Sequence[int] | None = None) -> list[int] | None:
         """A list attribute, or `default` when the node does not have it."""
         found = self.attributes.get(name, default)
         return None if found is None else [int(v) for v in found]

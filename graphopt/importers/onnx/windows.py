@@ -46,12 +46,12 @@ class Windows:
 def read_windows(node: OnnxNode, sizes: Sequence[int], kernel: Sequence[int]) -> Windows:
     """The windows a node's attributes describe over spatial axes of these sizes."""
     dimensions = len(sizes)
-    strides = node.ints("strides") or [1] * dimensions
-    dilations = node.ints("dilations") or [1] * dimensions
-    flat = node.ints("pads") or [0] * (2 * dimensions)
+    strides = node.get_ints("strides") or [1] * dimensions
+    dilations = node.get_ints("dilations") or [1] * dimensions
+    flat = node.get_ints("pads") or [0] * (2 * dimensions)
     if not len(kernel) == len(strides) == len(dilations) == dimensions == len(flat) // 2:
         raise Refused(f"its attributes do not fit {dimensions} spatial axes")
-    mode = node.str("auto_pad", "NOTSET")
+    mode = node.get_str("auto_pad", "NOTSET")
     spans = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
     pads = [(flat[i], flat[i + dimensions]) for i in range(dimensions)]
     if mode in ("SAME_UPPER", "SAME_LOWER"):
@@ -60,7 +60,7 @@ def read_windows(node: OnnxNode, sizes: Sequence[int], kernel: Sequence[int]) ->
         pads = [(0, 0)] * dimensions
     elif mode != "NOTSET":
         raise Refused(f"auto_pad is {mode!r}")
-    ceil = bool(node.int("ceil_mode", 0))
+    ceil = bool(node.get_int("ceil_mode", 0))
     output = [
         _count(size, span, stride, head, tail, ceil)
         for size, span, stride, (head, tail) in zip(sizes, spans, strides, pads, strict=True)
