@@ -40,11 +40,13 @@ C_TYPES: Mapping[str, str] = {
 }
 
 # A model of this name would redefine something of C's or the runtime's.
-_RESERVED = frozenset(
-    "auto break case char const continue default do double else enum extern float for goto if "
-    "inline int long register restrict return short signed sizeof static struct switch typedef "
-    "union unsigned void volatile while main class new delete template this namespace".split()
-)
+_RESERVED = frozenset({
+    "auto", "break", "case", "char", "class", "const", "continue", "default", "delete", "do",
+    "double", "else", "enum", "extern", "float", "for", "goto", "if", "inline", "int", "long",
+    "main", "namespace", "new", "register", "restrict", "return", "short", "signed", "sizeof",
+    "static", "struct", "switch", "template", "this", "typedef", "union", "unsigned", "void",
+    "volatile", "while",
+})  # fmt: skip
 
 
 def kernel_symbol(program: Program, symbol: str) -> str:
@@ -258,7 +260,7 @@ def emit_header(program: Program, target: Target, *, version: str) -> str:
     text = re.sub(r"\bGRAPHOPT_", f"{upper}_", text)
     text = re.sub(r"\bgraphopt_", f"{program.name}_", text)
     guard = f"GRAPHOPT_MODEL_{upper}_H"
-    head = f"""/* {program.name}: a model compiled by graphopt {version} for {_comment(target.name)}. */
+    head = f"""/* {program.name}, compiled by graphopt {version} for {_comment(target.name)}. */
 #ifndef {guard}
 #define {guard}
 

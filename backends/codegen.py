@@ -1,0 +1,78 @@
+"""PrimFuncs → one object file of plain C functions, through TVM's LLVM.
+
+TVM's own pipeline wraps functions for its runtime; graphopt's kernels take raw pointers and a range
+of tasks, so only the passes that lower their bodies run, and the object needs no TVM library.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm import s_tir, tirx
+
+from graphopt.backends.target import Target
+from graphopt.program.ir import Program
+
+
+def llvm_target(target: Target) -> Any:
+    """TVM's description of the target: only features it names are used."""
+    return tvm.target.Target(
+        {
+            "kind": "llvm",
+            "mtriple": target.triple,
+            "mcpu": target.mcpu,
+            "mattr": [f"+{feature}" for feature in target.features],
+        }
+    )
+
+
+def _lowering() -> Any:
+    passes = [
+        s_tir.transform.CanonicalizeLoop(),
+        s_tir.transform.LowerOpaqueBlock(),
+        tirx.transform.StmtSimplify(),
+        tirx.transform.FlattenBuffer(),
+        tirx.transform.NarrowDataType(32),
+        tirx.transform.VectorizeLoop(True),
+        tirx.transform.UnrollLoop(),
+        tirx.transform.StmtSimplify(),
+        tirx.transform.RemoveNoOp(),
+        tirx.transform.CommonSubexprElim(),
+        tirx.transform.LowerIntrin(),
+    ]
+    return tvm.ir.transform.Sequential(passes)
+
+
+def build_module(program: Program, target: Target) -> Any:
+    """Compile every kernel of the program; gives TVM's module (its source can be inspected)."""
+    description = llvm_target(target)
+    functions = {}
+    for kernel in {step.kernel.symbol: step.kernel for step in program.steps}.values():
+        symbol = f"{program.name}_k_{kernel.symbol}"
+        functions[symbol] = kernel.prim_func.with_attr(
+            {"global_symbol": symbol, "target": description}
+        )
+    with tvm.transform.PassContext(config={"tirx.disable_assert": True}):
+        module = _lowering()(tvm.IRModule(functions))
+    return tvm.get_global_func("target.build.llvm")(module, description)
+
+
+def compile_kernels(program: Program, target: Target) -> bytes:
+    """The object file with every kernel of the program."""
+    if not program.steps:
+        return b""
+    module = build_module(program, target)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernels.o"
+        module.write_to_file(str(path), "o")
+        return path.read_bytes()
+
+
+def assembly(program: Program, target: Target, kinds: Sequence[str] = ("asm",)) -> str:
+    """The assembly (or, with `ll`, the LLVM IR) of all kernels, for people who read it."""
+    module = build_module(program, target)
+    return "\n".join(str(module.inspect_source(kind)) for kind in kinds)

@@ -1,0 +1,147 @@
+"""What a kernel generator is asked, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import numpy.typing as npt
+from torch import fx
+
+from graphopt import graph as G
+from graphopt.backends.kernels.builder import BufferSpec, View
+from graphopt.backends.kernels.fusion import Group
+from graphopt.backends.target import Target
+from graphopt.ops import OPS
+from graphopt.ops.opdef import Call, Expr
+
+_TRANSCENDENTAL = frozenset({
+    "sigmoid", "tanh", "exp", "log", "log1p", "expm1", "erf", "gelu", "silu", "mish", "elu", "celu",
+    "selu", "softplus", "sin", "cos", "pow", "div", "sqrt", "rsqrt", "reciprocal",
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Request:
+    """One fused group that wants a kernel.
+
+    Attributes:
+        anchor: the node with a generator of its own, or the root of a generic group.
+        root: the node whose value the kernel stores.
+        nodes: all nodes of the group in order.
+        reads: nodes outside the group that its nodes read, constants of one element left out.
+        target: what to build for.
+        spec: how a node's memory looks.
+        constant: the value of a constant node, or None.
+    """
+
+    anchor: fx.Node
+    root: fx.Node
+    nodes: tuple[fx.Node, ...]
+    reads: tuple[fx.Node, ...]
+    target: Target
+    spec: Callable[[fx.Node], BufferSpec]
+    constant: Callable[[Any], npt.NDArray[Any] | None]
+
+    @property
+    def call(self) -> Call:
+        """The anchor's arguments."""
+        return Call(self.anchor)
+
+    @property
+    def epilogue(self) -> tuple[fx.Node, ...]:
+        """The nodes after the anchor."""
+        return tuple(node for node in self.nodes if node is not self.anchor)
+
+    @property
+    def heavy_epilogue(self) -> bool:
+        """Whether the epilogue is too long to be repeated for every accumulator."""
+        names = [OPS[node.target].name for node in self.epilogue]
+        return len(names) > 6 or any(name in _TRANSCENDENTAL for name in names)
+
+    def epilogue_reads(self) -> list[fx.Node]:
+        """The nodes the epilogue reads from memory."""
+        inside = set(self.nodes)
+        found: dict[fx.Node, None] = {}
+        for node in self.epilogue:
+            for operand in Call(node).operands(OPS[node.target].operands):
+                if isinstance(operand, fx.Node) and operand not in inside:
+                    found[operand] = None
+        return [node for node in found if node in self.reads]
+
+
+@dataclass(frozen=True)
+class KernelSource:
+    """A kernel ready to be emitted.
+
+    Attributes:
+        origin: generator and configuration, for the report.
+        tasks: number of independent tasks.
+        flops: floating-point operations in all.
+        emit: `emit(task, views, constants, out, group, scratch)` emits one task; `views` holds the
+            nodes in `reads`, `constants` the flat buffers of `constants`.
+        reads: the nodes it takes as parameters.
+        constants: packed constants it takes as further parameters.
+        scratch: bytes of scratch per thread.
+        in_place: nodes whose memory the output may take over, because every element is read only
+            by the task, and before the store, that writes the same place.
+    """
+
+    origin: str
+    tasks: int
+    flops: int
+    emit: Callable[[Expr, dict[fx.Node, View], list[Any], View, Group, Any], None]
+    reads: Sequence[fx.Node]
+    constants: Sequence[npt.NDArray[Any]] = field(default_factory=tuple)
+    scratch: int = 0
+    in_place: Sequence[fx.Node] = ()
+
+
+Generator = Callable[[Request], KernelSource | None]
+"""Answers a request, or None where the generator does not support it."""
+
+
+def same_place(request: Request, taken: Sequence[fx.Node] = ()) -> list[fx.Node]:
+    """Epilogue operands read exactly where the result is stored: candidates to work in place."""
+    wanted = request.spec(request.root)
+    return [
+        node
+        for node in request.epilogue_reads()
+        if request.spec(node) == wanted and node not in taken
+    ]
+
+
+def collapsible(request: Request, axes: Sequence[int]) -> bool:
+    """Whether `axes` of the output can be walked as one.
+
+    They can if every epilogue operand has either all of them or none.
+    """
+    shape = G.shape(request.root)
+    rank = len(shape)
+    for node in request.epilogue_reads():
+        operand = (1,) * (rank - len(G.shape(node))) + G.shape(node)
+        extents = [operand[axis] for axis in axes]
+        if any(e != 1 for e in extents) and extents != [shape[axis] for axis in axes]:
+            return False
+    # A node inside may have a smaller shape too; its index would not match then.
+    return all(G.shape(node) == shape for node in request.epilogue)
+
+
+def collapse(view: View, shape: Sequence[int], axes: Sequence[int]) -> View:
+    """The view with its `axes` (neighbours, aligned to `shape` from the right) made one.
+
+    The last of them gets the whole extent, the others become 1, so indices keep their rank.
+    """
+    own = view.spec.shape
+    offset = len(shape) - len(own)
+    mine = [axis - offset for axis in axes if axis >= offset]
+    if not mine:
+        return view
+    merged = list(own)
+    for axis in mine:
+        merged[axis] = 1
+    merged[mine[-1]] = prod(own[axis] for axis in mine)
+    return view.reshaped(tuple(merged))
+

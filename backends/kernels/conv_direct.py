@@ -1,0 +1,373 @@
+"""Direct convolution and matrix product: one register tile of outputs, all inputs folded in turn.
+
+A task computes, for one tile of output channels and one group of pixel tiles of one output row,
+
+    acc[p, v] = Σ over input channel, kernel row, kernel column of
+                broadcast(x[channel, row, column of pixel p]) × w[channel, row, column, v]
+
+with `acc` in registers, then the epilogue, then the stores. Weights are packed so that the inner
+loop reads them in order. A 1×1 convolution is a row of H·W pixels; a linear layer is a row of M.
+Pixels that touch the left or right padding get code of their own in which the products with the
+padding are left out, so the inner loop has no test; rows of padding shorten the loop over kernel
+rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from graphopt.backends.isa.base import Isa
+from graphopt.backends.kernels.builder import f32, loop, unflatten
+from graphopt.backends.kernels.tiling import Split, Tile, choose_tile, split
+from graphopt.ops.opdef import Expr
+
+MAX_UNROLLED_KERNEL = 11
+_TARGET_STEPS = 1 << 15
+"""Register-tile steps worth one task; keeps the task loop's cost below a percent."""
+
+
+@dataclass(frozen=True)
+class ConvSpec:
+    """A convolution over rows and columns; `groups` of `icg` input to `ocg` output channels."""
+
+    batch: int
+    groups: int
+    icg: int
+    ocg: int
+    in_size: tuple[int, int]
+    out_size: tuple[int, int]
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations: two per multiply-add, padding included."""
+        outputs = self.batch * self.groups * self.ocg * self.out_size[0] * self.out_size[1]
+        return 2 * outputs * self.icg * self.kernel[0] * self.kernel[1]
+
+
+@dataclass(frozen=True)
+class Accessors:
+    """How the kernel reaches its operands.
+
+    Attributes:
+        x: `(n, channel, row, column)` → the input element.
+        store: `(n, channel, row, column, accumulated value)` emits the epilogue and the store of
+            one element; the channel may hold a vectorized variable.
+        vector: whether neighbouring channels are neighbours in memory.
+        padded: whether channels behind the last one of a block may be stored too.
+        heavy: whether the epilogue is too long to repeat for every accumulator.
+    """
+
+    x: Callable[[Expr, Expr, Expr, Expr], Expr]
+    store: Callable[[Expr, Expr, Expr, Expr, Expr], None]
+    vector: bool
+    padded: bool
+    heavy: bool
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tiles `first ≤ i < last` of a row, all `pixels` wide, the first at column `start`.
+
+    `skip` holds the (pixel, kernel column) pairs that fall into the padding.
+    """
+
+    first: int
+    last: int
+    start: int
+    pixels: int
+    skip: frozenset[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class ConvPlan:
+    """All the choices made for one convolution."""
+
+    spec: ConvSpec
+    block: int
+    channels: Split
+    segments: tuple[Segment, ...]
+    tiles: int
+    tiles_per_task: int
+    channels_outer: bool
+
+    @property
+    def row_tasks(self) -> int:
+        """Tasks along one output row."""
+        return -(-self.tiles // self.tiles_per_task)
+
+    @property
+    def tasks(self) -> int:
+        """Tasks in all."""
+        spec = self.spec
+        return (
+            spec.batch * spec.groups * self.channels.count * spec.out_size[0] * self.row_tasks
+        )
+
+    def describe(self) -> str:
+        """For the report."""
+        widest = max(segment.pixels for segment in self.segments)
+        return f"conv_direct {self.channels.size * self.block}×{widest}"
+
+
+def supports(spec: ConvSpec) -> bool:
+    """Whether the generator handles the spec: left and right padding must fit few tiles."""
+    return spec.kernel[1] <= MAX_UNROLLED_KERNEL or not _pads_columns(spec)
+
+
+def _pads_columns(spec: ConvSpec) -> bool:
+    reach = (spec.out_size[1] - 1) * spec.stride[1] + (spec.kernel[1] - 1) * spec.dilation[1]
+    return spec.padding[1] > 0 or reach - spec.padding[1] >= spec.in_size[1]
+
+
+def row_segments(spec: ConvSpec, pixels: int) -> tuple[Segment, ...]:
+    """Cut a row into tiles of at most `pixels`, those at the padding apart."""
+    cut = split(spec.out_size[1], pixels)
+    padded = _pads_columns(spec)
+    segments: list[Segment] = []
+    start = 0
+    for i in range(cut.count):
+        width = cut.size if i < cut.large else cut.size - 1
+        skip = frozenset(
+            (p, kw)
+            for p in range(width)
+            for kw in range(spec.kernel[1] if padded else 0)
+            if not 0
+            <= (start + p) * spec.stride[1] - spec.padding[1] + kw * spec.dilation[1]
+            < spec.in_size[1]
+        )
+        last = segments[-1] if segments else None
+        if last and last.pixels == width and last.skip == skip:
+            segments[-1] = Segment(last.first, i + 1, last.start, width, skip)
+        else:
+            segments.append(Segment(i, i + 1, start, width, skip))
+        start += width
+    return tuple(segments)
+
+
+def plan(spec: ConvSpec, isa: Isa, l2_bytes: int) -> ConvPlan:
+    """Choose tiles, order and task size."""
+    block = isa.block
+    blocks = -(-spec.ocg // block)
+    tile: Tile = choose_tile(blocks, spec.out_size[1], isa, block)
+    channels = split(blocks, tile.vectors)
+    segments = row_segments(spec, tile.pixels)
+    tiles = segments[-1].last
+    depth = spec.icg * spec.kernel[0] * spec.kernel[1]
+    per_tile = depth * tile.vectors * tile.pixels
+    tiles_per_task = max(1, min(tiles, _TARGET_STEPS // per_tile)) if per_tile else tiles
+    weights = depth * blocks * block * 4
+    channels_outer = weights > l2_bytes // 2
+    if channels_outer:
+        tiles_per_task = min(tiles, max(tiles_per_task, 4))
+    return ConvPlan(spec, block, channels, segments, tiles, tiles_per_task, channels_outer)
+
+
+def pack_weights(weight: npt.NDArray[Any], conv: ConvPlan) -> npt.NDArray[np.float32]:
+    """Pack `(groups·ocg, icg, KH, KW)` weights in the order the inner loop reads them.
+
+    Per group and tile of output channels: kernel column, input channels in blocks, kernel row,
+    channel in the block, output channel in the tile. Missing output channels are zero.
+    """
+    spec, block = conv.spec, conv.block
+    kh, kw = spec.kernel
+    blocks = -(-spec.ocg // block)
+    grouped = np.zeros((spec.groups, blocks * block, spec.icg, kh, kw), np.float32)
+    grouped[:, : spec.ocg] = weight.reshape(spec.groups, spec.ocg, spec.icg, kh, kw)
+    pieces: list[npt.NDArray[np.float32]] = []
+    for group in range(spec.groups):
+        first = 0
+        for t in range(conv.channels.count):
+            vectors = conv.channels.size - (t >= conv.channels.large)
+            rows = grouped[group, first * block : (first + vectors) * block]
+            first += vectors
+            for column in range(kw):
+                for c in range(0, spec.icg, block):
+                    part = rows[:, c : c + block, :, column]
+                    pieces.append(part.transpose(2, 1, 0).ravel())
+    return np.concatenate(pieces)
+
+
+def emit(conv: ConvPlan, task: Expr, weights: Any, access: Accessors) -> None:
+    """Emit one task; `weights` is the flat TIR buffer of the packed weights."""
+    spec = conv.spec
+    if conv.channels_outer:
+        extents = [spec.batch, spec.groups, conv.channels.count, spec.out_size[0], conv.row_tasks]
+        n, g, t, oh, row = unflatten(task, extents)
+    else:
+        extents = [spec.batch, spec.groups, spec.out_size[0], conv.row_tasks, conv.channels.count]
+        n, g, oh, row, t = unflatten(task, extents)
+    first = row * conv.tiles_per_task
+    count: Expr = conv.tiles_per_task
+    if conv.tiles % conv.tiles_per_task:
+        count = tirx.min(count, conv.tiles - first)
+    large = conv.channels.large
+    sizes = [(conv.channels.size, 0)]
+    if large < conv.channels.count:
+        sizes.append((conv.channels.size - 1, large))
+    for position, (vectors, base) in enumerate(sizes):
+        tile_block = t * vectors + (base if position else 0)
+        if position:
+            # Tiles after the large ones start where those end.
+            tile_block = large * conv.channels.size + (t - large) * vectors
+
+        def body(vectors: int = vectors, tile_block: Expr = tile_block) -> None:
+            with T.serial(0, count) as i:
+                _segments(conv, list(conv.segments), first + i, n, g, oh, vectors, tile_block,
+                          weights, access)  # fmt: skip
+
+        if len(sizes) == 1:
+            body()
+        else:
+            with T.If((t < large) if position == 0 else (t >= large)), T.Then():
+                body()
+
+
+def _segments(
+    conv: ConvPlan, segments: list[Segment], tile: Expr, n: Expr, g: Expr, oh: Expr,
+    vectors: int, tile_block: Expr, weights: Any, access: Accessors,
+) -> None:  # fmt: skip
+    """Branch to the code of the segment that holds the tile."""
+    segment, rest = segments[0], segments[1:]
+
+    def body() -> None:
+        column = segment.start + (tile - segment.first) * segment.pixels
+        _tile(conv, segment, n, g, oh, column, vectors, tile_block, weights, access)
+
+    if not rest:
+        body()
+        return
+    with T.If(tile < segment.last):
+        with T.Then():
+            body()
+        with T.Else():
+            _segments(conv, rest, tile, n, g, oh, vectors, tile_block, weights, access)
+
+
+def _tile(
+    conv: ConvPlan, segment: Segment, n: Expr, g: Expr, oh: Expr, column: Expr,
+    vectors: int, tile_block: Expr, weights: Any, access: Accessors,
+) -> None:  # fmt: skip
+    spec, block = conv.spec, conv.block
+    pixels, width = segment.pixels, vectors * block
+    kernel_h, kernel_w = spec.kernel
+    depth = spec.icg * kernel_h * kernel_w
+    blocks = -(-spec.ocg // block)
+    origin = (g * blocks + tile_block) * block * depth
+    acc = T.alloc_buffer((pixels * vectors * block,), "float32", scope="local")
+    for slot in range(pixels * vectors):
+        with T.vectorized(0, block) as lane:
+            T.buffer_store(acc, f32(0.0), [slot * block + lane])
+
+    row = oh * spec.stride[0] - spec.padding[0]
+    low, high = kernel_rows(spec, row)
+    left = column * spec.stride[1] - spec.padding[1]
+
+    def step(c: Expr, ih: Expr, base: Expr, kw: Expr, skipped: frozenset[int]) -> None:
+        for p in range(pixels):
+            if p in skipped:
+                continue
+            iw = left + p * spec.stride[1] + kw * spec.dilation[1]
+            x = access.x(n, g * spec.icg + c, ih, iw)
+            for v in range(vectors):
+                with T.vectorized(0, block) as lane:
+                    slot = (p * vectors + v) * block + lane
+                    w = weights[base + v * block + lane]
+                    T.buffer_store(acc, acc[slot] + x * w, [slot])
+
+    def channel_block(first: Expr, channels: int, kw: Expr, skipped: frozenset[int]) -> None:
+        start = origin + (kw * spec.icg + first) * (kernel_h * width)
+        with loop(high - low) as i:
+            kh = low + i
+            ih = row + kh * spec.dilation[0]
+            rows = start + kh * (channels * width)
+            inner = 4 if channels % 4 == 0 else channels
+            with loop(channels // inner) as outer:
+                for ci in range(inner):
+                    c = outer * inner + ci
+                    step(first + c, ih, rows + c * width, kw, skipped)
+
+    def kernel_column(kw: Expr, skipped: frozenset[int]) -> None:
+        full, rest = divmod(spec.icg, block)
+        if full:
+            with loop(full) as cb:
+                channel_block(cb * block, block, kw, skipped)
+        if rest:
+            channel_block(tirx.const(full * block, "int32"), rest, kw, skipped)
+
+    # Neighbouring kernel columns read the same pixels. They are kept in loops of their own, or
+    # LLVM would hold the shared pixels in registers and spill accumulators instead.
+    if segment.skip:
+        for kw in range(kernel_w):
+            skipped = frozenset(p for p, column_ in segment.skip if column_ == kw)
+            if len(skipped) < pixels:
+                kernel_column(tirx.const(kw, "int32"), skipped)
+    else:
+        with loop(kernel_w) as kw:
+            kernel_column(kw, frozenset())
+    _finish(conv, acc, pixels, vectors, n, g, oh, column, tile_block, access)
+
+
+def kernel_rows(spec: ConvSpec, row: Expr) -> tuple[Expr, Expr]:
+    """The kernel rows that meet the input: `low ≤ kh < high`."""
+    kernel, dilation, size = spec.kernel[0], spec.dilation[0], spec.in_size[0]
+    last = (spec.out_size[0] - 1) * spec.stride[0] - spec.padding[0] + (kernel - 1) * dilation
+    low: Expr = 0
+    high: Expr = kernel
+    if spec.padding[0] > 0:
+        low = tirx.min(tirx.max(0, -row + dilation - 1) // dilation, kernel)
+    if last >= size:
+        high = tirx.max(low, tirx.min(kernel, (size - row + dilation - 1) // dilation))
+    return low, high
+
+
+def _finish(
+    conv: ConvPlan, acc: Any, pixels: int, vectors: int, n: Expr, g: Expr, oh: Expr,
+    column: Expr, tile_block: Expr, access: Accessors,
+) -> None:  # fmt: skip
+    """Epilogue and stores of one tile."""
+    spec, block = conv.spec, conv.block
+    ragged = spec.ocg % block
+    source = acc
+    if access.heavy:
+        # Copied so that the loops below may index it at run time: `acc` has to stay in registers.
+        source = T.alloc_buffer((pixels * vectors * block,), "float32", scope="local")
+        for slot in range(pixels * vectors):
+            with T.vectorized(0, block) as lane:
+                T.buffer_store(source, acc[slot * block + lane], [slot * block + lane])
+
+    def one(p: Expr, v: Expr) -> None:
+        channel = (tile_block + v) * block
+        slot = (p * vectors + v) * block
+
+        def lanes(count: int, kind: str) -> None:
+            with loop(count, kind) as lane:
+                access.store(n, g * spec.ocg + channel + lane, oh, column + p, source[slot + lane])
+
+        kind = "vectorized" if access.vector else "unroll"
+        if not ragged or access.padded:
+            lanes(block, kind)
+            return
+        with T.If(channel + block <= spec.ocg):
+            with T.Then():
+                lanes(block, kind)
+            with T.Else():
+                lanes(ragged, "unroll")
+
+    if access.heavy:
+        with T.serial(0, pixels) as p, T.serial(0, vectors) as v:
+            one(p, v)
+    else:
+        for p in range(pixels):
+            for v in range(vectors):
+                one(p, v)

@@ -1,0 +1,117 @@
+"""Turning a fused group of graph nodes into TIR expressions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from tvm import tirx
+
+from graphopt import graph as G
+from graphopt.backends.kernels.builder import View, flatten, unflatten
+from graphopt.ops import OPS
+from graphopt.ops.math import dtype_of
+from graphopt.ops.opdef import Call, Expr, Index, Kind, Reader, broadcast_index
+
+TIR_DTYPES = {
+    torch.float32: "float32", torch.float64: "float64", torch.float16: "float16",
+    torch.int64: "int64", torch.int32: "int32", torch.int16: "int16", torch.int8: "int8",
+    torch.uint8: "uint8", torch.bool: "bool",
+}  # fmt: skip
+
+
+def cast(value: Expr, dtype: torch.dtype) -> Expr:
+    """The value in another dtype; numbers become constants."""
+    name = TIR_DTYPES[dtype]
+    if isinstance(value, (bool, int, float)):
+        return tirx.const(value, name)
+    if name == "bool":
+        return value if dtype_of(value) == "bool" else value != tirx.const(0, dtype_of(value))
+    return value if dtype_of(value) == name else tirx.Cast(name, value)
+
+
+class Group:
+    """The expressions of a group: what its nodes compute from the buffers it reads.
+
+    Args:
+        views: the nodes that are read from memory.
+        scalars: constants of one element, which become immediates.
+    """
+
+    def __init__(
+        self, views: Mapping[fx.Node, View], scalars: Mapping[fx.Node, bool | int | float]
+    ) -> None:
+        self._views = dict(views)
+        self._scalars = dict(scalars)
+        self._given: dict[fx.Node, Reader] = {}
+        self._memo: dict[tuple[Any, ...], tuple[Any, Expr]] = {}
+
+    def with_views(self, change: Callable[[View], View]) -> Group:
+        """The same group reading its buffers through changed views."""
+        return Group({node: change(view) for node, view in self._views.items()}, self._scalars)
+
+    def give(self, node: fx.Node, reader: Reader) -> None:
+        """Let `node` be computed by the kernel itself, element by element."""
+        self._given[node] = reader
+        self._memo.clear()
+
+    def reader(self, node: fx.Node) -> Reader:
+        """A function that gives the node's element at a logical index."""
+        return lambda index: self.read(node, index)
+
+    def read(self, node: Any, index: Index) -> Expr:
+        """The expression of one element of a node (or of a Python number)."""
+        if not isinstance(node, fx.Node):
+            return node
+        if node in self._scalars:
+            return cast(self._scalars[node], G.value(node).dtype)
+        if node in self._given:
+            return self._given[node](index)
+        if node in self._views:
+            return self._views[node].load(index)
+        # Expressions are compared by identity: the same index object gives the same element.
+        key = (node, *(place if isinstance(place, int) else id(place) for place in index))
+        if key not in self._memo:
+            self._memo[key] = (index, self._compute(node, index))
+        return self._memo[key][1]
+
+    def _compute(self, node: fx.Node, index: Index) -> Expr:
+        call = Call(node)
+        op = OPS[node.target]
+        operands = call.operands(op.operands)
+        if op.kind is Kind.VIEW:
+            source = operands[0]
+            flat = flatten(index, call.shape)
+            return self.read(source, tuple(unflatten(flat, G.shape(source))))
+        assert op.compute is not None
+        if op.kind is Kind.INJECTIVE:
+            return op.compute(call, *(self.reader(x) for x in operands), index)
+        assert op.kind is Kind.ELEMENTWISE, f"{op.name} cannot be computed element by element"
+        values = [self._operand(x, index) for x in operands]
+        if op.promote:
+            common = common_dtype(operands)
+            values = [cast(value, common) for value in values]
+        return cast(op.compute(call, *values), call.dtype)
+
+    def _operand(self, operand: Any, index: Index) -> Expr:
+        if not isinstance(operand, fx.Node):
+            return operand
+        return self.read(operand, broadcast_index(index, G.shape(operand)))
+
+
+def common_dtype(operands: list[Any]) -> torch.dtype:
+    """The dtype PyTorch's type promotion computes these operands in."""
+    values = [G.value(x) if isinstance(x, fx.Node) else x for x in operands]
+    dtype = values[0].dtype if isinstance(values[0], torch.Tensor) else None
+    result: Any = values[0]
+    for value in values[1:]:
+        dtype = torch.result_type(result, value)
+        result = torch.empty(result.shape if isinstance(result, torch.Tensor) else (), dtype=dtype,
+                             device="meta")  # fmt: skip
+        if isinstance(value, torch.Tensor) and value.dim() > result.dim():
+            result = torch.empty(value.shape, dtype=dtype, device="meta")
+    assert dtype is not None
+    return dtype
+

@@ -1,0 +1,239 @@
+"""The schedule that always applies: any fused group of elementwise, injective and reduction ops.
+
+Outputs are computed a vector at a time along the innermost dimension of the output's memory; the
+dimensions outside it are the tasks. A reduction keeps its vector of partial results in registers;
+one along a contiguous axis runs its vectors along that axis and folds them at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from graphopt.backends.kernels.builder import View, loop, unflatten
+from graphopt.ops.math import dtype_of
+from graphopt.ops.opdef import Expr, Index, Reader, Reduction
+from graphopt.program.layout import block_of, physical_shape
+
+_FLAT_TASK = 4096
+"""Elements per task when the output is treated as one row."""
+_IDENTITY = {"sum": 0.0, "prod": 1.0}
+
+
+@dataclass(frozen=True)
+class Space:
+    """The output's iteration space: `outer` tasks, `middle` serial steps, `inner` contiguous."""
+
+    outer: tuple[int, ...]
+    middle: tuple[int, ...]
+    inner: int
+    to_logical: Callable[[list[Expr], list[Expr], Expr], Index]
+
+
+def space_of(shape: tuple[int, ...], layout: str) -> Space:
+    """How to walk a tensor so that the innermost loop is contiguous in memory."""
+    block = block_of(layout)
+    if block is not None:
+        physical = physical_shape(shape, layout)
+        split_at = max(2, len(physical) - 2)
+        outer, middle = physical[:split_at], physical[split_at:-1]
+
+        def blocked_index(out: list[Expr], mid: list[Expr], lane: Expr) -> Index:
+            n, c, *rest = [*out, *mid]
+            return (n, c * block + lane, *rest)
+
+        return Space(outer, middle, block, blocked_index)
+    # Trailing dimensions of extent 1 do not count: the last real one is contiguous.
+    rank = len(shape)
+    while rank > 0 and shape[rank - 1] == 1:
+        rank -= 1
+    ones = (0,) * (len(shape) - rank)
+    if rank == 0:
+        return Space((), (), 1, lambda out, mid, lane: ones)
+    split_at = max(0, rank - 2) if prod(shape[: rank - 1]) > 64 * shape[rank - 2] else rank - 1
+    if shape[rank - 1] >= 64:
+        split_at = rank - 1
+    return Space(
+        shape[:split_at],
+        shape[split_at : rank - 1],
+        shape[rank - 1],
+        lambda out, mid, lane: (*out, *mid, lane, *ones),
+    )
+
+
+def tasks_of(space: Space) -> int:
+    """Number of tasks of a space."""
+    return prod(space.outer)
+
+
+def emit_map(task: Expr, out: View, element: Reader, lanes: int) -> None:
+    """Emit one task of an output each of whose elements is an expression of its index."""
+    space = space_of(out.spec.shape, out.spec.layout)
+    outer = unflatten(task, space.outer)
+
+    def at(middle: list[Expr]) -> None:
+        def one(lane: Expr) -> None:
+            index = space.to_logical(outer, middle, lane)
+            out.store(index, element(index))
+
+        _vectors(space.inner, lanes, one)
+
+    _nest(list(space.middle), at)
+
+
+def flat_tasks(count: int) -> int:
+    """Tasks of `emit_flat`."""
+    return -(-count // _FLAT_TASK)
+
+
+def emit_flat(task: Expr, out: View, element: Reader, lanes: int) -> None:
+    """Emit one task of an output treated as one row; `out` has one dimension."""
+    count = out.spec.shape[0]
+    base = task * _FLAT_TASK
+    size: Expr = _FLAT_TASK if count % _FLAT_TASK == 0 else tirx.min(_FLAT_TASK, count - base)
+
+    def one(lane: Expr) -> None:
+        index = (base + lane,)
+        out.store(index, element(index))
+
+    with T.serial(0, size // lanes) as step, T.vectorized(0, lanes) as lane:
+        one(step * lanes + lane)
+    if count % lanes:
+        with T.serial(0, size % lanes) as rest:
+            one(size // lanes * lanes + rest)
+
+
+def emit_reduction(
+    task: Expr,
+    out: View,
+    reduction: Reduction,
+    epilogue: Callable[[Index, Expr], Expr],
+    dtype: str,
+    lanes: int,
+    contiguous: bool,
+) -> None:
+    """Emit one task of a reduction, its epilogue and the store.
+
+    Args:
+        task: the task variable.
+        out: the output.
+        reduction: what to fold.
+        epilogue: `(output index, folded value)` → stored value.
+        dtype: dtype to fold in.
+        lanes: vector length in elements.
+        contiguous: whether to run vectors along the box's last axis, not along the output.
+    """
+    space = space_of(out.spec.shape, out.spec.layout)
+    outer = unflatten(task, space.outer)
+
+    def finish(index: Index, value: Expr) -> None:
+        out.store(index, epilogue(index, reduction.finish(value, index)))
+
+    def at(middle: list[Expr]) -> None:
+        if contiguous:
+            with loop(space.inner) as place:
+                index = space.to_logical(outer, middle, place)
+                finish(index, _fold_row(reduction, index, dtype, lanes))
+            return
+
+        def vector(start: Expr, width: int) -> None:
+            acc = T.alloc_buffer((width,), dtype, scope="local")
+            _fill(acc, 0, width, identity(reduction.combine, dtype))
+
+            def step(box: list[Expr]) -> None:
+                with loop(width, "vectorized") as lane:
+                    index = space.to_logical(outer, middle, start + lane)
+                    item = reduction.element(index, tuple(box))
+                    T.buffer_store(acc, combine(reduction.combine, acc[lane], item), [lane])
+
+            _nest(list(reduction.extents), step)
+            with loop(width, "vectorized") as lane:
+                finish(space.to_logical(outer, middle, start + lane), acc[lane])
+
+        full, rest = divmod(space.inner, lanes)
+        if full:
+            with loop(full) as i:
+                vector(i * lanes, lanes)
+        if rest:
+            vector(tirx.const(full * lanes, "int32"), rest)
+
+    _nest(list(space.middle), at)
+
+
+def _fold_row(reduction: Reduction, index: Index, dtype: str, lanes: int) -> Expr:
+    """Fold a box whose last axis is contiguous: vectors along it, then across the lanes."""
+    *lead, row = reduction.extents
+    acc = T.alloc_buffer((lanes,), dtype, scope="local")
+    total = T.alloc_buffer((1,), dtype, scope="local")
+    _fill(acc, 0, lanes, identity(reduction.combine, dtype))
+    T.buffer_store(total, identity(reduction.combine, dtype), [0])
+    full = row // lanes
+
+    def step(box: list[Expr]) -> None:
+        if full:
+            with loop(full) as i, T.vectorized(0, lanes) as lane:
+                item = reduction.element(index, (*box, i * lanes + lane))
+                T.buffer_store(acc, combine(reduction.combine, acc[lane], item), [lane])
+        if row % lanes:
+            with loop(row % lanes) as i:
+                item = reduction.element(index, (*box, full * lanes + i))
+                T.buffer_store(total, combine(reduction.combine, total[0], item), [0])
+
+    _nest(list(lead), step)
+    for lane in range(lanes):
+        T.buffer_store(total, combine(reduction.combine, total[0], acc[lane]), [0])
+    return total[0]
+
+
+def identity(kind: str, dtype: str) -> Expr:
+    """The value that leaves a fold unchanged."""
+    if kind in _IDENTITY:
+        return tirx.const(_IDENTITY[kind], dtype)
+    if dtype.startswith("float"):
+        return tirx.const(float("-inf") if kind == "max" else float("inf"), dtype)
+    return tirx.min_value(dtype) if kind == "max" else tirx.max_value(dtype)
+
+
+def combine(kind: str, a: Expr, b: Expr) -> Expr:
+    """Fold one more value into `a`; NaN wins in `max` and `min`, as in PyTorch."""
+    if kind == "sum":
+        return a + b
+    if kind == "prod":
+        return a * b
+    if not dtype_of(b).startswith("float"):
+        return tirx.max(a, b) if kind == "max" else tirx.min(a, b)
+    keep = a > b if kind == "max" else a < b
+    return tirx.Select(tirx.any(keep, a != a), a, b)
+
+
+def _fill(buffer: object, first: Expr, count: int, value: Expr) -> None:
+    with loop(count, "vectorized") as lane:
+        T.buffer_store(buffer, value, [first + lane])
+
+
+def _vectors(extent: int, lanes: int, body: Callable[[Expr], None]) -> None:
+    """Run `body` for each place of a row: whole vectors, then the rest one by one."""
+    full, rest = divmod(extent, lanes)
+    if full:
+        with loop(full) as i, T.vectorized(0, lanes) as lane:
+            body(i * lanes + lane)
+    if rest:
+        with loop(rest) as i:
+            body(full * lanes + i)
+
+
+def _nest(extents: list[int], body: Callable[[list[Expr]], None]) -> None:
+    """Serial loops, one per extent, around `body`."""
+
+    def enter(done: list[Expr]) -> None:
+        if len(done) == len(extents):
+            body(done)
+            return
+        with loop(extents[len(done)]) as place:
+            enter([*done, place])
+
+    enter([])

@@ -1,0 +1,98 @@
+"""Lowers every group without a generator of its own to the generic schedule."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+from torch import fx
+
+from graphopt import graph as G
+from graphopt.backends.kernels import generic
+from graphopt.backends.kernels.base import KernelSource, Request
+from graphopt.backends.kernels.builder import View
+from graphopt.backends.kernels.fusion import TIR_DTYPES, Group
+from graphopt.ops import OPS
+from graphopt.ops.opdef import Expr, Index, Kind, Reduction
+from graphopt.program.layout import PLAIN
+
+
+def _lanes(request: Request) -> int:
+    return request.target.isa.block
+
+
+def lower_map(request: Request) -> KernelSource:
+    """Elementwise and injective groups."""
+    out = request.spec(request.root)
+    elementwise = all(OPS[node.target].kind is Kind.ELEMENTWISE for node in request.nodes)
+    flat = elementwise and all(
+        (request.spec(node).shape, request.spec(node).layout) == (out.shape, out.layout)
+        for node in request.reads
+    )
+    # Nodes inside with a smaller shape are broadcast: the flat index does not fit them.
+    flat = flat and all(G.shape(node) == out.shape for node in request.nodes)
+    in_place = [node for node in request.reads if request.spec(node) == out] if elementwise else []
+    flops = prod(out.shape) * sum(
+        OPS[node.target].kind is Kind.ELEMENTWISE for node in request.nodes
+    )
+    count = prod(generic.physical_shape(out.shape, out.layout))
+
+    def emit(
+        task: Expr, views: dict[fx.Node, View], constants: list[Any], target: View, group: Group,
+        scratch: Any,
+    ) -> None:  # fmt: skip
+        if flat:
+            group = group.with_views(View.flat)
+            generic.emit_flat(
+                task, target.flat(), lambda index: group.read(request.root, index), _lanes(request)
+            )
+            return
+        generic.emit_map(task, target, group.reader(request.root), _lanes(request))
+
+    if flat:
+        tasks, origin = generic.flat_tasks(count), "map flat"
+    else:
+        tasks, origin = generic.tasks_of(generic.space_of(out.shape, out.layout)), "map"
+    return KernelSource(origin, tasks, flops, emit, request.reads, in_place=in_place)
+
+
+def lower_reduction(request: Request) -> KernelSource:
+    """A reduction with what is fused before and after it."""
+    out = request.spec(request.root)
+    call = request.call
+    op = OPS[request.anchor.target]
+    operands = call.operands(op.operands)
+    source = operands[0]
+    space = generic.space_of(out.shape, out.layout)
+    dtype = TIR_DTYPES[call.dtype]
+    assert op.compute is not None
+    probe: Reduction = op.compute(call, *(lambda index: index for _ in operands))
+    contiguous = _runs_along_last_axis(request, probe, source)
+    flops = prod(call.shape) * prod(probe.extents)
+
+    def emit(
+        task: Expr, views: dict[fx.Node, View], constants: list[Any], target: View, group: Group,
+        scratch: Any,
+    ) -> None:  # fmt: skip
+        assert op.compute is not None
+        reduction: Reduction = op.compute(call, *(group.reader(x) for x in operands))
+
+        def epilogue(index: Index, value: Expr) -> Expr:
+            group.give(request.anchor, lambda _: value)
+            return group.read(request.root, index)
+
+        generic.emit_reduction(
+            task, target, reduction, epilogue, dtype, _lanes(request), contiguous
+        )
+
+    origin = "reduce row" if contiguous else "reduce"
+    return KernelSource(origin, generic.tasks_of(space), flops, emit, request.reads)
+
+
+def _runs_along_last_axis(request: Request, reduction: Reduction, source: fx.Node) -> bool:
+    """Whether the reduced axes end with the operand's contiguous one."""
+    shape = G.shape(source)
+    if reduction.axes is None or len(shape) - 1 not in reduction.axes:
+        return False
+    inside = source in request.nodes
+    return (inside or request.spec(source).layout == PLAIN) and shape[-1] > 1

@@ -1,0 +1,84 @@
+"""Lowers `linear` and `matmul` by a constant to the direct kernel: a row of M pixels."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import numpy as np
+from torch import fx
+
+from graphopt import graph as G
+from graphopt.backends.kernels import conv_direct
+from graphopt.backends.kernels.base import (
+    KernelSource,
+    Request,
+    collapse,
+    collapsible,
+    same_place,
+)
+from graphopt.backends.kernels.builder import View, unflatten
+from graphopt.backends.kernels.conv_direct import Accessors, ConvSpec
+from graphopt.backends.kernels.fusion import Group
+from graphopt.ops.opdef import Expr, Index
+from graphopt.program.layout import PLAIN
+
+
+def lower_linear(request: Request) -> KernelSource | None:
+    """`x @ weight.T + bias` (linear), `x @ constant` (matmul)."""
+    call = request.call
+    is_linear = "weight" in call.arguments
+    source: fx.Node = call["input" if is_linear else "self"]
+    weight_node = call["weight" if is_linear else "other"]
+    weight = request.constant(weight_node)
+    bias = call.arguments.get("bias")
+    shape = call.shape
+    plain = request.spec(source).layout == PLAIN and request.spec(request.root).layout == PLAIN
+    if weight is None or weight.ndim != 2 or len(G.shape(source)) < 2 or not plain:
+        return None
+    matrix = weight if is_linear else np.ascontiguousarray(weight.T)
+    n_out, n_in = matrix.shape
+    lead = tuple(range(len(shape) - 1))
+    merge = collapsible(request, lead)
+    m = prod(shape[:-1])
+    spec = ConvSpec(1, 1, n_in, n_out, (1, m), (1, m), (1, 1))
+    conv = conv_direct.plan(spec, request.target.isa, request.target.l2_bytes)
+    packed = conv_direct.pack_weights(matrix.reshape(n_out, n_in, 1, 1), conv)
+
+    def emit(
+        task: Expr, views: dict[fx.Node, View], constants: list[Any], out: View, group: Group,
+        scratch: Any,
+    ) -> None:  # fmt: skip
+        x = views[source].reshaped((m, n_in))
+        if merge:
+            out = collapse(out, shape, lead)
+            # The bias is one-dimensional and stays as it is.
+            group = group.with_views(
+                lambda view: collapse(view, shape, lead) if len(view.spec.shape) > 1 else view
+            )
+
+        def index(row: Expr, c: Expr) -> Index:
+            if merge:
+                return (*(0 for _ in lead[:-1]), row, c)
+            return (*unflatten(row, shape[:-1]), c)
+
+        def store(n: Expr, c: Expr, h: Expr, w: Expr, value: Expr) -> None:
+            if bias is not None:
+                value = value + group.read(bias, (c,))
+            group.give(request.anchor, lambda _: value)
+            place = index(w, c)
+            out.store(place, group.read(request.root, place))
+
+        access = Accessors(
+            x=lambda n, c, h, w: x.load((w, c)),
+            store=store,
+            vector=True,
+            padded=False,
+            heavy=request.heavy_epilogue,
+        )
+        conv_direct.emit(conv, task, constants[0], access)
+
+    reads = [node for node in request.reads if node is not weight_node]
+    origin = conv.describe().replace("conv_direct", "gemm")
+    return KernelSource(origin, conv.tasks, spec.flops, emit, reads, (packed,),
+                        in_place=same_place(request, taken=[source]))  # fmt: skip

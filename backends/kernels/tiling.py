@@ -1,0 +1,79 @@
+"""Choosing register tiles: how many vectors of output channels by how many pixels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from graphopt.backends.isa.base import Isa
+
+_FMA_LATENCY = 4
+_PORTS = 2
+"""Vector multiply-adds and loads per cycle; true of every core in the target list but the A53."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A register tile: `vectors` channel blocks by `pixels` outputs."""
+
+    vectors: int
+    pixels: int
+
+
+@dataclass(frozen=True)
+class Split:
+    """`total` items cut into `count` pieces of `size`, the last ones of `size - 1`.
+
+    `large` pieces have the full size. Cutting evenly leaves no small remainder piece, which would
+    run far below the peak.
+    """
+
+    total: int
+    size: int
+    count: int
+    large: int
+
+
+def split(total: int, size: int) -> Split:
+    """Cut `total` into the fewest even pieces of at most `size`."""
+    count = -(-total // size)
+    size = -(-total // count)
+    return Split(total, size, count, total - count * (size - 1))
+
+
+@lru_cache(maxsize=4096)
+def choose_tile(blocks: int, pixels: int, isa: Isa, block: int) -> Tile:
+    """The tile with the least estimated time for `blocks` channel blocks by `pixels` pixels.
+
+    A tile's time per multiply-add step is bounded by its multiply-adds, its loads (weights and one
+    broadcast per pixel) and the latency of the dependent adds; tiles must fit the registers.
+    """
+    width = max(1, block * 4 // isa.vector_bytes)
+    best: tuple[float, int, int] | None = None
+    for vectors in range(1, min(blocks, 8) + 1):
+        for tile_pixels in range(1, min(pixels, 16) + 1):
+            used = width * vectors * (tile_pixels + 1) + (1 if isa.fma else 2)
+            if used > isa.registers:
+                continue
+            time = 0.0
+            rows, columns = split(blocks, vectors), split(pixels, tile_pixels)
+            for v, nv in ((rows.size, rows.large), (rows.size - 1, rows.count - rows.large)):
+                for p, np_ in (
+                    (columns.size, columns.large),
+                    (columns.size - 1, columns.count - columns.large),
+                ):
+                    time += nv * np_ * _step_time(width * v, p, isa)
+            candidate = (time, -tile_pixels, -vectors)
+            if best is None or candidate < best:
+                best = candidate
+    assert best is not None
+    return Tile(-best[2], -best[1])
+
+
+def _step_time(vector_registers: int, pixels: int, isa: Isa) -> float:
+    """Cycles one step of the reduction takes on a tile, by the tightest bound."""
+    multiply_adds = vector_registers * pixels * (1 if isa.fma else 2)
+    broadcasts = pixels / 4 if isa.lane_operand else pixels
+    loads = vector_registers + broadcasts
+    # A small overhead per step keeps equal bounds apart: fewer, larger tiles amortize the loop.
+    return max(multiply_adds / _PORTS, loads / _PORTS, _FMA_LATENCY) + 0.3

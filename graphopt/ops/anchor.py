@@ -1,0 +1,47 @@
+"""Operators with kernel generators of their own (see `backends/kernels`)."""
+
+from __future__ import annotations
+
+import torch
+
+from graphopt.ops.opdef import Call, Kind, OpDef
+
+aten = torch.ops.aten
+
+
+def _float_only(call: Call) -> str | None:
+    return None if call.dtype == torch.float32 else f"{call.dtype} is not supported, only float32"
+
+
+def _last_axis(call: Call) -> str | None:
+    return _float_only(call)
+
+
+def _convolution(call: Call) -> str | None:
+    rank = len(call.shape_of("input")) - 2
+    if rank not in (1, 2, 3):
+        return f"{rank} spatial dimensions; 1 to 3 are supported"
+    return _float_only(call)
+
+
+def _attention(call: Call) -> str | None:
+    if call["dropout_p"]:
+        return "dropout inside attention; call model.eval()"
+    return _float_only(call)
+
+
+ANCHOR: tuple[OpDef, ...] = (
+    OpDef("convolution", (aten.convolution.default,), Kind.ANCHOR,
+          operands=("input", "weight", "bias"), check=_convolution),
+    OpDef("linear", (aten.linear.default,), Kind.ANCHOR,
+          operands=("input", "weight", "bias"), check=_float_only),
+    OpDef("matmul", (aten.matmul.default, aten.bmm.default, aten.mm.default), Kind.ANCHOR,
+          operands=("self", "other"), check=_float_only),
+    OpDef("softmax", (aten.softmax.int, aten._softmax.default), Kind.ANCHOR, check=_last_axis),
+    OpDef("log_softmax", (aten.log_softmax.int, aten._log_softmax.default), Kind.ANCHOR,
+          check=_last_axis),
+    OpDef("layer_norm", (aten.layer_norm.default,), Kind.ANCHOR,
+          operands=("input", "weight", "bias"), check=_float_only),
+    OpDef("attention", (aten.scaled_dot_product_attention.default,), Kind.ANCHOR,
+          operands=("query", "key", "value", "attn_mask"), check=_attention),
+)  # fmt: skip

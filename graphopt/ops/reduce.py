@@ -1,0 +1,192 @@
+"""Operators that fold many elements into one: means, sums, maxima and pooling windows."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+from tvm import tirx
+
+from graphopt.ops.math import dtype_of
+from graphopt.ops.opdef import Call, Expr, Index, Kind, OpDef, Reader, Reduction, normalize_axes
+
+aten = torch.ops.aten
+
+
+def _axes_fold(kind: str, dim_name: str = "dim") -> Any:
+    def build(call: Call, x: Reader) -> Reduction:
+        size = call.shape_of("self")
+        axes = normalize_axes(call.arguments.get(dim_name), len(size))
+        keep = bool(call.arguments.get("keepdim", False))
+        extents = tuple(size[axis] for axis in axes)
+        count = prod(extents)
+
+        def element(index: Index, box: Index) -> Expr:
+            kept = iter(index)
+            folded = iter(box)
+            place: list[Any] = []
+            for axis in range(len(size)):
+                if axis in axes:
+                    place.append(next(folded))
+                    if keep:
+                        next(kept)
+                else:
+                    place.append(next(kept))
+            value = x(tuple(place))
+            wanted = str(call.dtype).removeprefix("torch.")
+            return value if dtype_of(value) == wanted else tirx.Cast(wanted, value)
+
+        def finish(value: Expr, index: Index) -> Expr:
+            return value * tirx.const(1.0 / count, dtype_of(value)) if kind == "mean" else value
+
+        return Reduction(extents, element, "sum" if kind == "mean" else kind, finish, axes)
+
+    return build
+
+
+def _pair(value: Any, default: Any, rank: int) -> tuple[int, ...]:
+    value = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not value:
+        return tuple(default)
+    return tuple(value * rank if len(value) == 1 else value)
+
+
+def _window(call: Call) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    rank = len(call["kernel_size"]) if isinstance(call["kernel_size"], (list, tuple)) else 1
+    rank = max(rank, len(call.shape_of("self")) - 2)
+    kernel = _pair(call["kernel_size"], (), rank)
+    stride = _pair(call["stride"], kernel, rank)
+    return kernel, stride, _pair(call["padding"], (0,) * rank, rank)
+
+
+def _max_pool(call: Call, x: Reader) -> Reduction:
+    size = call.shape_of("self")[-2:]
+    kernel, stride, padding = _window(call)
+    dilation = _pair(call["dilation"], (1, 1), 2)
+
+    def element(index: Index, box: Index) -> Expr:
+        lead, spatial = index[:-2], index[-2:]
+        place: list[Expr] = []
+        inside: list[Expr] = []
+        for axis in range(2):
+            at = spatial[axis] * stride[axis] - padding[axis] + box[axis] * dilation[axis]
+            reach = (call.shape[axis - 2] - 1) * stride[axis] - padding[axis]
+            if dilation[axis] == 1:
+                # The nearest element inside is in the window too, and a maximum may see it twice.
+                if padding[axis]:
+                    at = tirx.max(at, 0)
+                if reach + kernel[axis] > size[axis]:
+                    at = tirx.min(at, size[axis] - 1)
+            elif padding[axis] or reach + (kernel[axis] - 1) * dilation[axis] >= size[axis]:
+                inside += [at >= 0, at < size[axis]]
+            place.append(at)
+        value = x((*lead, *place))
+        if not inside:
+            return value
+        lowest = tirx.const(float("-inf"), dtype_of(value))
+        return tirx.if_then_else(tirx.all(*inside), value, lowest)
+
+    return Reduction(kernel, element, "max", lambda value, index: value)
+
+
+def _avg_pool(call: Call, x: Reader) -> Reduction:
+    size = call.shape_of("self")[-2:]
+    kernel, stride, padding = _window(call)
+
+    def start(index: Index, axis: int) -> Expr:
+        return index[axis - 2] * stride[axis] - padding[axis]
+
+    def spills(axis: int) -> bool:
+        last = (call.shape[axis - 2] - 1) * stride[axis] - padding[axis] + kernel[axis]
+        return padding[axis] > 0 or last > size[axis]
+
+    def element(index: Index, box: Index) -> Expr:
+        place = [start(index, axis) + box[axis] for axis in range(2)]
+        inside = [
+            test
+            for axis in range(2)
+            if spills(axis)
+            for test in (place[axis] >= 0, place[axis] < size[axis])
+        ]
+        value = x((*index[:-2], *place))
+        if not inside:
+            return value
+        return tirx.if_then_else(tirx.all(*inside), value, tirx.const(0.0, dtype_of(value)))
+
+    def finish(value: Expr, index: Index) -> Expr:
+        if call["divisor_override"] is not None:
+            return value / tirx.const(float(call["divisor_override"]), dtype_of(value))
+        if not any(spills(axis) for axis in range(2)):
+            return value * tirx.const(1.0 / prod(kernel), dtype_of(value))
+        # As PyTorch counts: windows end at the padded border, and without count_include_pad
+        # only real elements count.
+        count: Expr = 1
+        for axis in range(2):
+            low: Expr = start(index, axis)
+            high: Expr = tirx.min(low + kernel[axis], size[axis] + padding[axis])
+            if not call["count_include_pad"]:
+                low, high = tirx.max(low, 0), tirx.min(high, size[axis])
+            count = (high - low) * count
+        return value / tirx.Cast(dtype_of(value), count)
+
+    return Reduction(kernel, element, "sum", finish)
+
+
+def _adaptive_avg_pool(call: Call, x: Reader) -> Reduction:
+    size, out = call.shape_of("self")[-2:], call.shape[-2:]
+    kernel = tuple(
+        max(-(-(i + 1) * n // o) - i * n // o for i in range(o))
+        for n, o in zip(size, out, strict=True)
+    )
+
+    def bounds(index: Index, axis: int) -> tuple[Expr, Expr]:
+        place, n, o = index[axis - 2], size[axis], out[axis]
+        if o == 1:
+            return 0, n
+        return (place * n) // o, ((place + 1) * n + o - 1) // o
+
+    def even(axis: int) -> bool:
+        return size[axis] % out[axis] == 0
+
+    def element(index: Index, box: Index) -> Expr:
+        place: list[Expr] = []
+        inside: list[Expr] = []
+        for axis in range(2):
+            low, high = bounds(index, axis)
+            place.append(low + box[axis])
+            if not even(axis):
+                inside.append(low + box[axis] < high)
+        value = x((*index[:-2], *place))
+        if not inside:
+            return value
+        return tirx.if_then_else(tirx.all(*inside), value, tirx.const(0.0, dtype_of(value)))
+
+    def finish(value: Expr, index: Index) -> Expr:
+        count: Expr = 1
+        for axis in range(2):
+            low, high = bounds(index, axis)
+            count = count * (size[axis] // out[axis] if even(axis) else high - low)
+        if isinstance(count, int):
+            return value * tirx.const(1.0 / count, dtype_of(value))
+        return value / tirx.Cast(dtype_of(value), count)
+
+    return Reduction(kernel, element, "sum", finish)
+
+
+def _rank4(call: Call) -> str | None:
+    rank = len(call.shape_of("self"))
+    return None if rank in (3, 4) else f"input has {rank} dimensions, not 3 or 4"
+
+
+REDUCE: tuple[OpDef, ...] = (
+    OpDef("mean", (aten.mean.dim, aten.mean.default), Kind.REDUCTION, _axes_fold("mean")),
+    OpDef("sum", (aten.sum.dim_IntList, aten.sum.default), Kind.REDUCTION, _axes_fold("sum")),
+    OpDef("amax", (aten.amax.default,), Kind.REDUCTION, _axes_fold("max")),
+    OpDef("amin", (aten.amin.default,), Kind.REDUCTION, _axes_fold("min")),
+    OpDef("prod", (aten.prod.dim_int, aten.prod.default), Kind.REDUCTION, _axes_fold("prod")),
+    OpDef("max_pool2d", (aten.max_pool2d.default,), Kind.REDUCTION, _max_pool, check=_rank4),
+    OpDef("avg_pool2d", (aten.avg_pool2d.default,), Kind.REDUCTION, _avg_pool, check=_rank4),
+    OpDef("adaptive_avg_pool2d", (aten.adaptive_avg_pool2d.default,), Kind.REDUCTION,
+          _adaptive_avg_pool, check=_rank4),
+)  # fmt: skip

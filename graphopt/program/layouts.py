@@ -1,0 +1,115 @@
+"""Choosing each tensor's layout: channels in blocks where convolutions work, plain elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import fx
+
+from graphopt import graph as G
+from graphopt.ops import OPS
+from graphopt.ops.opdef import Call, Kind
+from graphopt.program.layout import PLAIN, blocked, same_bytes
+from graphopt.program.partition import is_float, tensor_operands
+
+
+def assign_layouts(gm: fx.GraphModule, block: int) -> dict[fx.Node, str]:
+    """A layout for every node that has a value.
+
+    Convolutions make blocked tensors; elementwise ops, pooling, resizing, padding and channel
+    concatenation on whole blocks keep them; everything else is plain. A tensor that no blocked op
+    reads is made plain at once, so that nobody converts it afterwards.
+    """
+    layouts: dict[fx.Node, str] = {}
+    wanted = blocked(block)
+    for node in gm.graph.nodes:
+        if node.op == "output":
+            continue
+        keeps = node.op == "call_function" and _keeps_blocks(node, layouts, wanted, block)
+        layouts[node] = wanted if keeps else PLAIN
+    returned = set(G.outputs(gm))
+    for node in reversed(list(gm.graph.nodes)):
+        if node.op != "call_function" or layouts[node] == PLAIN:
+            continue
+        if same_bytes(G.shape(node), wanted, G.shape(node), PLAIN) and node not in returned:
+            continue
+        if not any(_likes_blocks(user, layouts, wanted) for user in node.users):
+            layouts[node] = PLAIN
+    return layouts
+
+
+def _likes_blocks(user: fx.Node, layouts: dict[fx.Node, str], wanted: str) -> bool:
+    """Whether a reader works best on blocks, whatever it makes itself."""
+    if user.op != "call_function":
+        return False
+    folds = OPS[user.target].kind is Kind.REDUCTION or OPS[user.target].name == "convolution"
+    return folds or layouts[user] == wanted
+
+
+def _keeps_blocks(
+    node: fx.Node, layouts: dict[fx.Node, str], wanted: str, block: int
+) -> bool:
+    op = OPS[node.target]
+    if len(G.shape(node)) < 3 or not is_float(node):
+        return False
+    rule = _RULES.get(op.name)
+    if rule is not None:
+        return rule(node, layouts, wanted, block)
+    if op.kind is Kind.ELEMENTWISE:
+        return any(
+            layouts[operand] == wanted and G.shape(operand) == G.shape(node)
+            for operand in tensor_operands(node)
+        )
+    return False
+
+
+Rule = Callable[[fx.Node, dict[fx.Node, str], str, int], bool]
+
+
+def _always(node: fx.Node, layouts: dict[fx.Node, str], wanted: str, block: int) -> bool:
+    return True
+
+
+def _follow(node: fx.Node, layouts: dict[fx.Node, str], wanted: str, block: int) -> bool:
+    source = tensor_operands(node)[0]
+    return layouts[source] == wanted and G.shape(source)[:2] == G.shape(node)[:2]
+
+
+def _mean(node: fx.Node, layouts: dict[fx.Node, str], wanted: str, block: int) -> bool:
+    call = Call(node)
+    return _follow(node, layouts, wanted, block) and bool(call.arguments.get("keepdim"))
+
+
+def _slice(node: fx.Node, layouts: dict[fx.Node, str], wanted: str, block: int) -> bool:
+    call = Call(node)
+    source = call["self"]
+    if layouts[source] != wanted:
+        return False
+    dim = call["dim"] % len(G.shape(node))
+    return dim != 1 or ((call["start"] or 0) % block == 0 and call["step"] == 1)
+
+
+def _cat(node: fx.Node, layouts: dict[fx.Node, str], wanted: str, block: int) -> bool:
+    parts = tensor_operands(node)
+    if any(layouts[part] != wanted for part in parts):
+        return False
+    dim = Call(node)["dim"] % len(G.shape(node))
+    return dim != 1 or all(G.shape(part)[1] % block == 0 for part in parts[:-1])
+
+
+_RULES: dict[str, Rule] = {
+    "convolution": _always,
+    "max_pool2d": _follow,
+    "avg_pool2d": _follow,
+    "adaptive_avg_pool2d": _follow,
+    "mean": _mean,
+    "sum": _mean,
+    "amax": _mean,
+    "amin": _mean,
+    "pad": _follow,
+    "upsample_nearest": _follow,
+    "upsample_linear": _follow,
+    "slice": _slice,
+    "cat": _cat,
+    "clone": _follow,
+}

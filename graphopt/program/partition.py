@@ -1,0 +1,152 @@
+"""Grouping graph nodes into kernels: an anchor with what is fused before and after it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+from torch import fx
+
+from graphopt import graph as G
+from graphopt.ops import OPS
+from graphopt.ops.opdef import Call, Kind
+from graphopt.program.layout import same_bytes
+
+_MAX_NODES = 48
+"""Nodes in one group; keeps a kernel's expressions and its compile time bounded."""
+
+_HEADS = (Kind.ANCHOR, Kind.REDUCTION)
+_MAPS = (Kind.ELEMENTWISE, Kind.INJECTIVE)
+
+
+@dataclass
+class NodeGroup:
+    """Nodes that become one kernel, or none where it is only another name for the same bytes.
+
+    Attributes:
+        root: the node whose value is stored.
+        nodes: all nodes, in graph order.
+        anchor: the node with a generator of its own or the reduction; None for a map.
+        alias: the root is a view that shares its operand's memory.
+    """
+
+    root: fx.Node
+    nodes: list[fx.Node] = field(default_factory=list)
+    anchor: fx.Node | None = None
+    alias: bool = False
+
+
+def tensor_operands(node: fx.Node) -> list[fx.Node]:
+    """The node's tensor operands in the order of its OpDef."""
+    operands = Call(node).operands(OPS[node.target].operands)
+    return [operand for operand in operands if isinstance(operand, fx.Node)]
+
+
+def partition(gm: fx.GraphModule, layouts: Mapping[fx.Node, str]) -> list[NodeGroup]:
+    """Cut the graph into groups, in an order in which they can run.
+
+    A node joins the group of an operand where nothing else reads that operand. Elementwise nodes
+    join anchors, reductions and maps; injective nodes join maps; maps join the elementwise,
+    injective or axis-folding node that alone reads them, if nothing is computed twice.
+    """
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    returned = set(G.outputs(gm))
+    group_of: dict[fx.Node, NodeGroup] = {}
+    groups: dict[int, NodeGroup] = {}
+
+    def private(node: fx.Node) -> bool:
+        return len(node.users) == 1 and node not in returned
+
+    def merge(group: NodeGroup, other: NodeGroup) -> None:
+        group.nodes = sorted([*group.nodes, *other.nodes], key=order.__getitem__)
+        group.anchor = group.anchor or other.anchor
+        for node in other.nodes:
+            group_of[node] = group
+        groups.pop(id(other))
+
+    for node in gm.graph.nodes:
+        if node.op != "call_function":
+            continue
+        kind = effective_kind(node, layouts)
+        group = NodeGroup(node, [node], node if kind in _HEADS else None, kind is Kind.VIEW)
+        group_of[node] = group
+        groups[id(group)] = group
+        if kind is Kind.VIEW or kind is Kind.ANCHOR:
+            continue
+        operands = list(dict.fromkeys(tensor_operands(node)))
+        for operand in sorted(operands, key=lambda n: _rank(group_of.get(n)), reverse=True):
+            other = group_of.get(operand)
+            if other is None or other is group or not private(operand):
+                continue
+            if len(group.nodes) + len(other.nodes) > _MAX_NODES:
+                continue
+            if other.root is operand and _may_join(node, kind, group, other, operand, layouts):
+                merge(group, other)
+    return sorted(groups.values(), key=lambda g: order[g.root])
+
+
+def effective_kind(node: fx.Node, layouts: Mapping[fx.Node, str]) -> Kind:
+    """The op's kind; a view whose bytes would have to move counts as injective."""
+    kind = OPS[node.target].kind
+    if kind is not Kind.VIEW:
+        return kind
+    source = tensor_operands(node)[0]
+    stays = layouts[source] == layouts[node] and G.shape(source) == G.shape(node)
+    if stays or same_bytes(G.shape(source), layouts[source], G.shape(node), layouts[node]):
+        return Kind.VIEW
+    return Kind.INJECTIVE
+
+
+def _rank(group: NodeGroup | None) -> int:
+    """Which operand's group to join first: the one with the most work."""
+    if group is None or group.alias:
+        return 0
+    if group.anchor is None:
+        return 1
+    return 3 if OPS[group.anchor.target].kind is Kind.ANCHOR else 2
+
+
+def _may_join(
+    node: fx.Node, kind: Kind, group: NodeGroup, other: NodeGroup, operand: fx.Node,
+    layouts: Mapping[fx.Node, str],
+) -> bool:  # fmt: skip
+    if other.alias:
+        return False
+    if other.anchor is not None:
+        # As epilogue: the node works on exactly what the anchor computes, in its iteration order.
+        return (
+            kind is Kind.ELEMENTWISE
+            and group.anchor is None
+            and G.shape(node) == G.shape(operand)
+            and all(G.shape(n) == G.shape(node) for n in group.nodes if n is not node)
+        )
+    if group.anchor is not None and group.anchor is not node:
+        # The group already has an anchor from another operand: the map would be an epilogue's
+        # operand, computed where it is read.
+        return _cheap(other) and G.shape(operand) == G.shape(node)
+    if kind is Kind.REDUCTION:
+        folds_axes = OPS[node.target].name in ("mean", "sum", "amax", "amin", "prod")
+        return folds_axes and layouts[operand] == layouts[_first_read(other, operand)]
+    repeats = prod(G.shape(node)) > prod(G.shape(operand))
+    return not repeats or _cheap(other)
+
+
+def _first_read(group: NodeGroup, default: fx.Node) -> fx.Node:
+    inside = set(group.nodes)
+    for member in group.nodes:
+        for operand in tensor_operands(member):
+            if operand not in inside and operand.op != "get_attr":
+                return operand
+    return default
+
+
+def _cheap(group: NodeGroup) -> bool:
+    """Whether the group only moves data, so that computing an element twice costs little."""
+    return all(OPS[n.target].kind is Kind.INJECTIVE for n in group.nodes) and len(group.nodes) < 4
+
+
+def is_float(node: fx.Node) -> bool:
+    """Whether the node's value is float32."""
+    return G.value(node).dtype == torch.float32
