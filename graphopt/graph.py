@@ -108,7 +108,8 @@ def placeholders(gm: fx.GraphModule) -> list[fx.Node]:
 
 def output_node(gm: fx.GraphModule) -> fx.Node:
     """The graph's one output node."""
-    return next(node for node in reversed(gm.graph.nodes) if node.op == "output")
+    node: fx.Node = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
+    return node
 
 
 def outputs(gm: fx.GraphModule) -> Sequence[fx.Node]:

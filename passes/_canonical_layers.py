@@ -1,0 +1,205 @@
+"""Canonical forms of convolution, normalization and pooling; part of the pass `canonicalize`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import fx
+
+from graphopt.graph import shape
+from graphopt.passes._canonical import Handler, Outcome, filled, per_channel
+from graphopt.passes._nodes import aten, rank
+from graphopt.passes.rewrite import Editor, Refusal
+
+Arguments = dict[str, Any]
+
+
+def _convolution(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
+    """conv1d … conv_transpose3d, _convolution → convolution, batched, with one number per axis."""
+    x, weight = a["input"], a["weight"]
+    dims = rank(weight) - 2
+    transposed = a.get("transposed", "output_padding" in a)
+    stride, dilation = filled(a["stride"], dims), filled(a["dilation"], dims)
+    output_padding = filled(a.get("output_padding", 0), dims)
+    extra: list[int] = []
+    if isinstance(a["padding"], str):
+        padding, extra = _named_padding(a["padding"], shape(weight)[2:], dilation)
+    else:
+        padding = filled(a["padding"], dims)
+    rest = [stride, padding, dilation, transposed, output_padding, a["groups"]]
+    batched = rank(x) == dims + 2
+    if node.target is aten.convolution.default and batched and list(node.args[3:]) == rest:
+        return None
+    if not batched:
+        x = ed.call(aten.reshape.default, x, [1, *shape(x)])
+    if any(extra):
+        # One more at the end than at the start, which convolution itself has no way to say.
+        after = [n for size in reversed(extra) for n in (0, size)]
+        x = ed.call(aten.constant_pad_nd.default, x, after, 0.0)
+    new = ed.call(aten.convolution.default, x, weight, a["bias"], *rest)
+    return new if batched else ed.call(aten.reshape.default, new, list(shape(node)))
+
+
+def _named_padding(
+    name: str, kernel: tuple[int, ...], dilation: list[int]
+) -> tuple[list[int], list[int]]:
+    """Padding on both sides, and what "same" adds at the end for even kernels."""
+    if name == "valid":
+        return [0] * len(kernel), [0] * len(kernel)
+    totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    return [total // 2 for total in totals], [total % 2 for total in totals]
+
+
+def _batch_norm(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
+    mean, var = a["running_mean"], a["running_var"]
+    if a.get("training") or mean is None or var is None:
+        return Refusal("batch normalization in training mode: it depends on the whole batch")
+    if node.target is aten.batch_norm.default and not a["cudnn_enabled"]:
+        return None
+    norm = ed.call(
+        aten.batch_norm.default,
+        *(a["input"], a["weight"], a["bias"], mean, var, False, a["momentum"], a["eps"], False),
+    )
+    return norm if node.target is aten.batch_norm.default else [norm, None, None]
+
+
+def _native_layer_norm(ed: Editor, _node: fx.Node, a: Arguments) -> Outcome:
+    norm = ed.call(aten.layer_norm.default, *a.values(), True)
+    return [norm, None, None]
+
+
+def _normalized_groups(ed: Editor, node: fx.Node, x: fx.Node, groups: int, a: Arguments) -> fx.Node:
+    """reshape → layer_norm over each group of channels → reshape → scale and shift."""
+    n = shape(x)[0]
+    apart = ed.call(aten.reshape.default, x, [n, groups, math.prod(shape(x)[1:]) // groups])
+    norm = ed.call(aten.layer_norm.default, apart, [shape(apart)[2]], None, None, a["eps"], True)
+    out = ed.call(aten.reshape.default, norm, list(shape(x)))
+    if a["weight"] is not None:
+        out = ed.call(aten.mul.Tensor, out, per_channel(ed, a["weight"], rank(x)))
+    if a["bias"] is not None:
+        out = ed.call(aten.add.Tensor, out, per_channel(ed, a["bias"], rank(x)))
+    return out
+
+
+def _group_norm(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
+    if "num_groups" in a:
+        return _normalized_groups(ed, node, a["input"], a["num_groups"], a)
+    return [_normalized_groups(ed, node, a["input"], a["group"], a), None, None]
+
+
+def _instance_norm(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
+    x = a["input"]
+    if not a["use_input_stats"]:
+        rest = (a["running_mean"], a["running_var"], False, a["momentum"], a["eps"], False)
+        return ed.call(aten.batch_norm.default, x, a["weight"], a["bias"], *rest)
+    return _normalized_groups(ed, node, x, shape(x)[1], a)
+
+
+def _pool_arguments(a: Arguments, dims: int) -> tuple[list[int], list[int], list[int]]:
+    kernel = filled(a["kernel_size"], dims)
+    stride = filled(a["stride"], dims) if a["stride"] else kernel
+    return kernel, stride, filled(a["padding"], dims)
+
+
+def _max_pool(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
+    kernel, stride, padding = _pool_arguments(a, 2)
+    rest = [kernel, stride, padding, filled(a["dilation"], 2), a["ceil_mode"]]
+    if node.target is aten.max_pool2d.default:
+        if list(node.args[1:]) == rest:
+            return None
+        return ed.call(aten.max_pool2d.default, a["self"], *rest)
+    return [ed.call(aten.max_pool2d.default, a["self"], *rest), None]
+
+
+def _avg_pool(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
+    rest = [*_pool_arguments(a, 2), a["ceil_mode"], a["count_include_pad"], a["divisor_override"]]
+    if list(node.args[1:]) == rest:
+        return None
+    return ed.call(aten.avg_pool2d.default, a["self"], *rest)
+
+
+def _pool_1d(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
+    """max_pool1d, avg_pool1d → the same in 2-D with a height of 1."""
+    x = a["self"]
+    (kernel,), (stride,), (padding,) = _pool_arguments(a, 1)
+    tall = ed.call(aten.reshape.default, x, [*shape(x)[:-1], 1, shape(x)[-1]])
+    first = [[1, kernel], [1, stride], [0, padding]]
+    if node.target is aten.avg_pool1d.default:
+        rest = [a["ceil_mode"], a["count_include_pad"], None]
+        pooled = ed.call(aten.avg_pool2d.default, tall, *first, *rest)
+    else:
+        (dilation,) = filled(a["dilation"], 1)
+        rest = [[1, dilation], a["ceil_mode"]]
+        pooled = ed.call(aten.max_pool2d.default, tall, *first, *rest)
+    return ed.call(aten.reshape.default, pooled, list(shape(node)))
+
+
+def _adaptive_avg_pool(dims: int) -> Handler:
+    """adaptive_avg_pool → mean where the output is one pixel, avg_pool2d where sizes divide."""
+
+    def handle(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
+        x = a["self"]
+        sizes, outs = shape(x)[-dims:], shape(node)[-dims:]
+        if all(out == 1 for out in outs):
+            axes = list(range(rank(x) - dims, rank(x)))
+            return ed.call(aten.mean.dim, x, axes, True)
+        if any(size % out for size, out in zip(sizes, outs, strict=True)):
+            return Refusal(f"adaptive pooling from {list(sizes)} to {list(outs)}: windows differ")
+        kernel = [size // out for size, out in zip(sizes, outs, strict=True)]
+        if dims == 1:
+            kernel = [1, *kernel]
+            x = ed.call(aten.reshape.default, x, [*shape(x)[:-1], 1, shape(x)[-1]])
+        pooled = ed.call(aten.avg_pool2d.default, x, kernel, kernel, [0, 0], False, True, None)
+        return pooled if dims == 2 else ed.call(aten.reshape.default, pooled, list(shape(node)))
+
+    return handle
+
+
+def _embedding(ed: Editor, _node: fx.Node, a: Arguments) -> Outcome:
+    # The padding row only matters for gradients.
+    if (a["padding_idx"], a["scale_grad_by_freq"], a["sparse"]) == (-1, False, False):
+        return None
+    return ed.call(aten.embedding.default, a["weight"], a["indices"], -1, False, False)
+
+
+HANDLERS: dict[Any, Handler] = {
+    **dict.fromkeys(
+        [
+            aten.convolution.default,
+            aten._convolution.default,
+            aten.conv1d.default,
+            aten.conv1d.padding,
+            aten.conv2d.default,
+            aten.conv2d.padding,
+            aten.conv3d.default,
+            aten.conv3d.padding,
+            aten.conv_transpose1d.default,
+            aten.conv_transpose2d.input,
+            aten.conv_transpose3d.input,
+        ],
+        _convolution,
+    ),
+    **dict.fromkeys(
+        [
+            aten.batch_norm.default,
+            aten._native_batch_norm_legit_no_training.default,
+            aten._native_batch_norm_legit.default,
+            aten.native_batch_norm.default,
+        ],
+        _batch_norm,
+    ),
+    aten.native_layer_norm.default: _native_layer_norm,
+    aten.group_norm.default: _group_norm,
+    aten.native_group_norm.default: _group_norm,
+    aten.instance_norm.default: _instance_norm,
+    aten.max_pool2d.default: _max_pool,
+    aten.max_pool2d_with_indices.default: _max_pool,
+    aten.avg_pool2d.default: _avg_pool,
+    aten.max_pool1d.default: _pool_1d,
+    aten.avg_pool1d.default: _pool_1d,
+    aten.adaptive_avg_pool1d.default: _adaptive_avg_pool(1),
+    aten.adaptive_avg_pool2d.default: _adaptive_avg_pool(2),
+    aten._adaptive_avg_pool2d.default: _adaptive_avg_pool(2),
+    aten.embedding.default: _embedding,
+}

@@ -1,0 +1,65 @@
+"""The passes there are, and the order they run in."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+from graphopt.errors import GraphoptError
+from graphopt.passes.base import Pass
+from graphopt.passes.canonicalize import Canonicalize
+from graphopt.passes.eliminate_common_subexpressions import EliminateCommonSubexpressions
+from graphopt.passes.eliminate_dead_code import EliminateDeadCode
+from graphopt.passes.fold_affine import FoldAffine
+from graphopt.passes.fold_batch_norm import FoldBatchNorm
+from graphopt.passes.fold_constants import FoldConstants
+from graphopt.passes.fold_pad import FoldPad
+from graphopt.passes.fuse_activation import FuseActivation
+from graphopt.passes.simplify import Simplify
+
+
+def default_pipeline() -> list[Pass]:
+    """What `graphopt.compile` runs unless told otherwise."""
+    return [
+        Canonicalize(),
+        FoldConstants(),
+        Simplify(),
+        EliminateCommonSubexpressions(),
+        # Before constants move into weights: the activations are recognized by their constants.
+        FuseActivation(),
+        FoldPad(),
+        FoldBatchNorm(),
+        FoldAffine(),
+        # The folds leave products of constants, and layers that are equal only now.
+        FoldConstants(),
+        Simplify(),
+        EliminateCommonSubexpressions(),
+        EliminateDeadCode(),
+    ]
+
+
+def all_passes() -> list[Pass]:
+    """Every pass once, with its default options, in the order of the default pipeline."""
+    return list({each.name: each for each in default_pipeline()}.values())
+
+
+def resolve(passes: Sequence[str | Pass] | None) -> list[Pass]:
+    """The passes that are meant: the default pipeline for None, else each by name or as given.
+
+    Raises:
+        GraphoptError: there is no pass of such a name.
+    """
+    if passes is None:
+        return default_pipeline()
+    known = {each.name: each for each in all_passes()}
+    resolved: list[Pass] = []
+    for each in passes:
+        if isinstance(each, Pass):
+            resolved.append(each)
+        elif isinstance(each, str) and each in known:
+            resolved.append(known[each])
+        else:
+            near = difflib.get_close_matches(str(each), known, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
+            raise GraphoptError(f"there is no pass {each!r}", hint=hint)
+    return resolved
