@@ -250,11 +250,11 @@ def lower(gm: fx.GraphModule, target: Target, name: str) -> Program:
     outputs = list(G.outputs(gm))
     state = _Lowering(gm, target, name)
     for node, label in zip(G.placeholders(gm), gm.meta["input_names"], strict=True):
-        state.home[node] = state.add_buffer(f"input_{label}", state.spec(node), "input")
+        state.home[node] = state.add_buffer(label, state.spec(node), "input")
     output_names: dict[fx.Node, str] = {}
     for node, label in zip(outputs, gm.meta["output_names"], strict=True):
         spec = BufferSpec(G.shape(node), TIR_DTYPES[G.value(node).dtype])
-        output_names[node] = state.add_buffer(f"output_{label}", spec, "output")
+        output_names[node] = state.add_buffer(label, spec, "output")
     groups = partition(gm, state.layouts)
     for group in groups:
         if group.alias:

@@ -1,0 +1,68 @@
+"""graphopt: an ahead-of-time compiler from PyTorch and ONNX models to small libraries for boards.
+
+`compile` builds, `load` runs what was built. Nothing heavy is imported before it is used: a board
+that only loads artifacts needs neither PyTorch nor TVM.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from graphopt.backends.target import Target, get_target, targets
+    from graphopt.compile import Compiled, compile
+    from graphopt.errors import (
+        ArtifactError,
+        GraphoptError,
+        InputError,
+        ModelError,
+        TargetError,
+        ToolchainError,
+        UnsupportedError,
+        VerifyError,
+    )
+    from graphopt.runtime.load import load
+
+_HOMES = {
+    "Compiled": "graphopt.compile",
+    "compile": "graphopt.compile",
+    "load": "graphopt.runtime.load",
+    "Target": "graphopt.backends.target",
+    "get_target": "graphopt.backends.target",
+    "targets": "graphopt.backends.target",
+    **dict.fromkeys(
+        ("ArtifactError", "GraphoptError", "InputError", "ModelError", "TargetError",
+         "ToolchainError", "UnsupportedError", "VerifyError"),
+        "graphopt.errors",
+    ),
+}  # fmt: skip
+
+__all__ = [
+    "ArtifactError",
+    "Compiled",
+    "GraphoptError",
+    "InputError",
+    "ModelError",
+    "Target",
+    "TargetError",
+    "ToolchainError",
+    "UnsupportedError",
+    "VerifyError",
+    "compile",
+    "get_target",
+    "load",
+    "targets",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'graphopt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
