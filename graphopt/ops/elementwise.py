@@ -1,0 +1,7 @@
+"""Elementwise operators."""
+
+from __future__ import annotations
+
+from graphopt.ops.opdef import OpDef
+
+ELEMENTWISE: tuple[OpDef, ...] = ()

@@ -1,0 +1,344 @@
+"""Transcendental functions as branch-free TIR expressions, so that kernels vectorize them.
+
+Every function takes and gives scalar float32 expressions and must be called while the kernel is
+being built, inside the (vectorized) loop that uses its result: values used twice are bound by a
+statement there, which keeps the trees small. Each states its largest error in units in the last place (ulp) as `tests/ops/test_math.py` measures it,
+with and without fused multiply-add. The polynomials are minimax fits of our own: running
+`tests/ops/minimax.py` prints them. Range reduction follows Cody and Waite, "Software Manual for
+the Elementary Functions" (1980).
+
+Three habits of TVM shape the code. Its simplifier cancels float terms as if they were reals, so
+every rounding that must happen is bound by `share`; it negates comparisons as if there were no NaN,
+so NaN is told by bits or kept in the branch a false comparison selects; and signed overflow and
+the conversion of NaN to an integer are undefined, so bits are only added where they cannot wrap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import inf, log, nan, pi, sqrt
+from typing import Any
+
+from tvm import tirx
+from tvm.ir import Op, register_op_attr
+from tvm.tirx.script.builder import ir as T
+
+from graphopt.ops.opdef import Expr
+
+
+
+def _declare_opaque() -> Any:
+    """Declare an operation that gives its operand, and goes when intrinsics are lowered.
+
+    The simplifier puts a bound value back in place wherever the value is pure. This one claims to
+    read memory, so it stays.
+    """
+    name = "graphopt.opaque"
+    register_op_attr(name, "TCallEffectKind", tirx.CallEffectKind.ReadState.value)
+    register_op_attr(name, "TVectorizable", True)
+    register_op_attr(name, "TScriptPrinterName", name)
+    tirx.op.register_intrin_lowering(name, "default", f=lambda call: call.args[0], level=10)
+    return Op.get(name)
+
+
+_OPAQUE = _declare_opaque()
+
+_SHIFT = 12582912.0
+"""1.5 · 2²³: adding it rounds a float32 below 2²² to an integer, which shows in the low bits."""
+_SHIFT_BITS = 0x4B400000
+_SQRT_HALF_BITS = 0x3F3504F3
+_LN2_HIGH = 355 / 512
+_LN2_LOW = -2.121944400546905827679e-4
+# π/2 in three parts; the first two have 8 and 11 bits, so that 13-bit multiples are exact.
+_HALF_PI = (201 / 128, 2029 / 2**22, 7.549789948768648e-8)
+
+_EXP = (0.49999994, 0.16666517, 0.04166828, 0.008369249, 0.0013820776)
+_EXP2 = (0.6931472, 0.24022648, 0.05550358, 0.009618503, 0.001339189, 0.00015329236)
+_EXPM1 = (0.5, 0.16666666, 0.041666485, 0.008333541, 0.0013933228, 0.00019766994)
+_LOG = (
+    *(0.3333333134651184, -0.2500081956386566, 0.2000124156475067, -0.166234090924263),
+    *(0.14201579988002777, -0.13159610331058502, 0.12762212753295898, -0.07636427879333496),
+)
+_SIN = (-0.16666667, 0.0083333794, -0.00019853025, 2.8317181e-06)
+_COS = (0.041666646, -0.0013887305, 2.4431425e-05)
+_ERF = (
+    *(0.12837915122509003, -0.37612444162368774, 0.11279930919408798),
+    *(-0.026595590636134148, 0.004435879644006491),
+)
+_ERFC = (
+    *(1.6279646158218384, 0.9180058240890503, 0.14970773458480835, -0.03017890453338623),
+    *(0.002487889723852277, 0.0006252189050428569, -0.00021636414749082178),
+    2.066807064693421e-05,
+)
+_NORMAL = (
+    *(1.1511070728302002, 0.45919403433799744, 0.05252435803413391, -0.0070688663981854916),
+    *(9.78655371000059e-05, 0.00023369875270873308, -6.35082833468914e-05),
+    *(8.818025889922865e-06, -6.653801847278373e-07, 2.1560399687814424e-08),
+)
+
+
+def const(value: float) -> Expr:
+    """A float32 constant."""
+    return tirx.const(value, "float32")
+
+
+def dtype_of(x: Expr) -> str:
+    """The dtype of an expression, by TVM's name."""
+    return str(x.ty.dtype)
+
+
+def share(value: Expr) -> Expr:
+    """The value, computed once and opaque to TVM's simplifier."""
+    if isinstance(value, (tirx.Var, tirx.IntImm, tirx.FloatImm)):
+        return value
+    return T.bind(tirx.call_intrin(dtype_of(value), _OPAQUE, value))
+
+
+def bits(x: Expr) -> Expr:
+    """The bits of a float32 as int32."""
+    return tirx.reinterpret("int32", x)
+
+
+def from_bits(x: Expr) -> Expr:
+    """The float32 of these bits."""
+    return tirx.reinterpret("float32", x)
+
+
+def is_nan(x: Expr) -> Expr:
+    """Whether a float32 or float64 is NaN."""
+    if dtype_of(x) == "float64":
+        magnitude = tirx.reinterpret("int64", x) & tirx.const(2**63 - 1, "int64")
+        return magnitude > tirx.const(0x7FF0000000000000, "int64")
+    return (bits(x) & 0x7FFFFFFF) > 0x7F800000
+
+
+def at_most(x: Expr, bound: float) -> Expr:
+    """`min(x, bound)`, NaN where `x` is (one instruction on x86, where it is the 2nd operand)."""
+    x, limit = share(x), tirx.const(bound, dtype_of(x))
+    return share(tirx.Select(limit < x, limit, x))
+
+
+def at_least(x: Expr, bound: float) -> Expr:
+    """`max(x, bound)`, NaN where `x` is."""
+    x, limit = share(x), tirx.const(bound, dtype_of(x))
+    return share(tirx.Select(limit > x, limit, x))
+
+
+def copy_sign(magnitude: Expr, sign: Expr) -> Expr:
+    """A non-negative float32 under the sign of another."""
+    return from_bits(bits(magnitude) | (bits(sign) & tirx.const(-(2**31), "int32")))
+
+
+def round_half_even(x: Expr) -> Expr:
+    """The nearest integer, halves to even. Exact."""
+    return tirx.round(x)
+
+
+def floor(x: Expr) -> Expr:
+    """The largest integer not above. Exact."""
+    return tirx.floor(x)
+
+
+def ceil(x: Expr) -> Expr:
+    """The smallest integer not below. Exact."""
+    return tirx.ceil(x)
+
+
+def horner(x: Expr, coefficients: Sequence[float]) -> Expr:
+    """The polynomial with these coefficients, constant first, in the dtype of `x`."""
+    value = tirx.const(coefficients[-1], dtype_of(x))
+    for coefficient in reversed(coefficients[:-1]):
+        value = value * x + tirx.const(coefficient, dtype_of(x))
+    return value
+
+
+def _power_of_two(exponent: Expr) -> Expr:
+    """2 to an int32 in [-126, 127]."""
+    return from_bits((exponent + 127) << 23)
+
+
+def _split(x: Expr) -> tuple[Expr, Expr]:
+    """(k, r) with x = k·ln 2 + r, |r| ≤ ln(2)/2, k an int32; for |x| below 2²¹."""
+    x = share(x)
+    shifted = share(x * const(1 / log(2)) + const(_SHIFT))
+    n = share(shifted - const(_SHIFT))
+    r = share((x + n * const(-_LN2_HIGH)) + n * const(-_LN2_LOW))
+    return share(bits(shifted) - _SHIFT_BITS), r
+
+
+def _exp_near_zero(r: Expr) -> Expr:
+    """Like exp, for |r| ≤ ln(2)/2."""
+    return share(((r * r) * horner(r, _EXP) + r) + const(1.0))
+
+
+def exp(x: Expr) -> Expr:
+    """e to the x, max 1.0 ulp; overflows to inf, denormal results within 1 of their ulp."""
+    k, r = _split(at_least(at_most(x, 89.0), -104.0))
+    # 2^k in two factors: k runs from -150 to 128.
+    half = share(k >> 1)
+    return (_exp_near_zero(r) * _power_of_two(half)) * _power_of_two(k - half)
+
+
+def exp_nonpositive(x: Expr) -> Expr:
+    """e to the x for x ≤ 0 (up to 88 works), max 1.0 ulp; results below 2⁻¹²⁶ become 0."""
+    x = share(x)
+    k, r = _split(x)
+    return tirx.Select(x < const(-87.33), const(0.0), _exp_near_zero(r) * _power_of_two(k))
+
+
+def _exp2(x: Expr) -> Expr:
+    """2 to the x for -126 ≤ x ≤ 127."""
+    x = share(x)
+    shifted = share(x + const(_SHIFT))
+    n = share(shifted - const(_SHIFT))
+    r = share(x - n)
+    value = r * horner(r, _EXP2) + const(1.0)
+    return value * _power_of_two(bits(shifted) - _SHIFT_BITS)
+
+
+def _expm1(x: Expr) -> Expr:
+    """e to the x, less 1, for -18 ≤ x ≤ 89."""
+    k, r = _split(x)
+    # Half of everything: 2^128 is not a float.
+    half = share(_power_of_two(k - 1))
+    value = share((r * r) * horner(r, _EXPM1) + r)
+    return (value * half + (half - const(0.5))) * const(2.0)
+
+
+def expm1(x: Expr) -> Expr:
+    """e to the x, less 1, max 1.5 ulp, near 0 too."""
+    x = share(x)
+    # The select keeps -0.
+    return tirx.Select(x == const(0.0), x, _expm1(at_least(at_most(x, 89.0), -18.0)))
+
+
+def log_natural(x: Expr) -> Expr:
+    """Natural logarithm, max 0.9 ulp; -inf at 0, NaN below, denormals included."""
+    x = share(x)
+    tiny = x < const(2.0**-126)
+    normal = share(tirx.Select(tiny, x * const(2.0**23), x))
+    positive = tirx.Select(normal > const(0.0), normal, const(1.0))
+    i = share(bits(positive) - _SQRT_HALF_BITS)
+    k = share(tirx.Cast("float32", i >> 23) - tirx.Select(tiny, const(23.0), const(0.0)))
+    f = share(from_bits((i & 0x7FFFFF) + _SQRT_HALF_BITS) - const(1.0))
+    t = share(f * f)
+    small = (f * t) * horner(f, _LOG) + k * const(_LN2_LOW)
+    value = ((small + t * const(-0.5)) + f) + k * const(_LN2_HIGH)
+    below = tirx.Select(x == const(0.0), const(-inf), const(nan))
+    # NaN and inf give themselves.
+    return tirx.Select(x < const(inf), tirx.Select(x > const(0.0), value, below), x)
+
+
+def log1p(x: Expr) -> Expr:
+    """Natural logarithm of 1 + x, max 1.5 ulp, near 0 too."""
+    x = share(x)
+    # log(1 + x) = log(u) + log(1 + (x + 1 - u) / u), u the rounded 1 + x.
+    u = share(x + const(1.0))
+    known = share(u - const(1.0))
+    lost = tirx.Select(u > const(0.0), (x - known) / u, const(0.0))
+    value = log_natural(u) + tirx.Select(x < const(2.0**24), lost, const(0.0))
+    return tirx.Select(x == const(0.0), x, value)
+
+
+def tanh(x: Expr) -> Expr:
+    """Hyperbolic tangent, max 2.4 ulp."""
+    x = share(x)
+    t = share(_expm1(at_most(tirx.abs(x) * const(2.0), 19.0)))
+    return copy_sign(t / (t + const(2.0)), x)
+
+
+def sigmoid(x: Expr) -> Expr:
+    """1 / (1 + e to the -x), max 2.0 ulp; results below 2⁻¹²⁶ become 0."""
+    x = share(x)
+    e = share(exp_nonpositive(const(0.0) - tirx.abs(x)))
+    return tirx.Select(x < const(0.0), e, const(1.0)) / (e + const(1.0))
+
+
+def silu(x: Expr) -> Expr:
+    """x · sigmoid(x), max 2.5 ulp; NaN at -inf, as PyTorch."""
+    x = share(x)
+    return x * sigmoid(x)
+
+
+def softplus(x: Expr) -> Expr:
+    """log(1 + e to the x), max 2.5 ulp, without overflow."""
+    x = share(x)
+    return at_least(x, 0.0) + log1p(exp_nonpositive(const(0.0) - tirx.abs(x)))
+
+
+def mish(x: Expr) -> Expr:
+    """x · tanh(softplus(x)), max 5 ulp above -80; NaN at -inf, as PyTorch."""
+    # With w = e^x: tanh(log(1 + w)) = w(w + 2) / (w(w + 2) + 2).
+    x = share(x)
+    w = share(exp(at_most(x, 20.0)))
+    s = share(w * (w + const(2.0)))
+    return x * (s / (s + const(2.0)))
+
+
+def erf(x: Expr) -> Expr:
+    """The error function, max 1.5 ulp."""
+    x = share(x)
+    a = share(tirx.abs(x))
+    t = share(a * a)
+    near = a * horner(t, _ERF) + a
+    c = at_most(a, 3.95)
+    far = const(1.0) - _exp2((c * horner(c, _ERFC)) * const(-1.0))
+    return copy_sign(tirx.Select(a < const(0.58), near, far), x)
+
+
+def gelu(x: Expr) -> Expr:
+    """x · Φ(x), Φ the normal distribution function, max error 1.2e-7 · |x|; 0 at -inf, the limit.
+
+    It is 0 below -5.6, where PyTorch's own formula has nothing left either.
+    """
+    # Φ(-a) = 2^-(1 + a·p(a)) keeps its relative precision, which 1 + erf would lose.
+    x = share(x)
+    a = share(tirx.abs(x))
+    c = at_most(a, 5.6)
+    tail = x * _exp2(const(-1.0) - c * horner(c, _NORMAL))
+    y = share(tirx.Select(a > const(5.6), const(0.0), tail))
+    return tirx.Select(x > const(0.0), x - y, y)
+
+
+def gelu_tanh(x: Expr) -> Expr:
+    """The tanh form of GELU, written as x · sigmoid(2u) to keep the precision of its tail.
+
+    Max error 2e-7 · |x|.
+    """
+    scale = 2 * sqrt(2 / pi)
+    x = share(x)
+    c = at_least(x, -20.0)
+    return c * sigmoid(c * ((c * c) * const(0.044715 * scale) + const(scale)))
+
+
+def rsqrt(x: Expr) -> Expr:
+    """1 / sqrt(x), max 1.5 ulp: two correctly rounded steps."""
+    return const(1.0) / tirx.sqrt(x)
+
+
+def _sine(x: Expr, quadrants: int) -> Expr:
+    """sin(x + quadrants·π/2)."""
+    x = share(x)
+    shifted = share(x * const(2 / pi) + const(_SHIFT))
+    n = share(shifted - const(_SHIFT))
+    r = x
+    for part in _HALF_PI:
+        r = r + n * const(-part)
+    r = share(r)
+    q = share((bits(shifted) & 3) + quadrants)
+    t = share(r * r)
+    sine = (t * r) * horner(t, _SIN) + r
+    cosine = (t * t) * horner(t, _COS) + (t * const(-0.5) + const(1.0))
+    value = tirx.Select((q & 1) == 0, sine, cosine)
+    return from_bits(bits(value) ^ ((q & 2) << 30))
+
+
+def sin(x: Expr) -> Expr:
+    """Sine, max error 1e-7 for |x| ≤ 10⁴; precision fades beyond, and is gone at 10⁶."""
+    x = share(x)
+    return tirx.Select(x == const(0.0), x, _sine(x, 0))
+
+
+def cos(x: Expr) -> Expr:
+    """Cosine, max error 1e-7 for |x| ≤ 10⁴; precision fades beyond, and is gone at 10⁶."""
+    return _sine(x, 1)
