@@ -1,0 +1,1 @@
+"""What runs a compiled model: the C runtime, the artifact, its loader, and devices."""

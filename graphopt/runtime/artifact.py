@@ -31,6 +31,7 @@ RUNTIME_SOURCES = ("graphopt_runtime.c", "graphopt_pool.c", "graphopt_cpu.c")
 RUNTIME_HEADERS = ("graphopt_runtime.h", "graphopt_api.h")
 # The runtime's own work is a few atomics a step: small is what counts.
 RUNTIME_FLAGS = ("-Os", "-fno-function-sections")
+MODEL_FLAGS = ("-O2",)
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ def build_artifact(
     with staged_folder(Path(folder), replaceable=lambda old: _check_ours(old, name)) as stage:
         work = stage / "work"
         work.mkdir()
-        _compile(program, target, kernels, toolchain, work, default_threads)
+        sources = write_sources(program, target, kernels, work, threads=default_threads)
+        _link(name, sources, toolchain, work)
         for file in (f"lib{name}.so", f"lib{name}.a", f"{name}.h"):
             (work / file).rename(stage / file)
         for leftover in work.iterdir():
@@ -129,30 +131,37 @@ def _check_kernels(program: Program, target: Target, kernels: bytes) -> bytes:
     return elf.restrict(kernels, wanted.__contains__)
 
 
-def _compile(
-    program: Program,
-    target: Target,
-    kernels: bytes,
-    toolchain: Toolchain,
-    work: Path,
-    threads: int,
-) -> None:
+def write_sources(
+    program: Program, target: Target, kernels: bytes, work: Path, *, threads: int
+) -> tuple[str, ...]:
+    """Write all that the library is compiled from to `work`; returns its C files.
+
+    They are compiled in `work` with `-DGRAPHOPT_PREFIX=<name>` and linked with
+    `<name>_kernels.o`, which is `kernels` as it is.
+    """
     name = program.name
     csrc = resources.files("graphopt.runtime.csrc")
     for file in (*RUNTIME_SOURCES, *RUNTIME_HEADERS):
         (work / file).write_bytes(csrc.joinpath(file).read_bytes())
-    source = emit_source(program, target, threads=threads, version=_version())
-    (work / f"{name}.h").write_text(
-        emit_header(program, target, version=_version()), encoding="utf-8"
-    )
+    version = _version()
+    source = emit_source(program, target, threads=threads, version=version)
     (work / f"{name}_model.c").write_text(source, encoding="utf-8")
+    header = emit_header(program, target, version=version)
+    (work / f"{name}.h").write_text(header, encoding="utf-8")
     (work / WEIGHTS_FILE).write_bytes(emit_weights(program))
-    prefix = f"-DGRAPHOPT_PREFIX={name}"
-    members = {f"{name}_kernels.o": kernels}
     (work / f"{name}_kernels.o").write_bytes(kernels)
-    for file in (f"{name}_model.c", *RUNTIME_SOURCES):
-        made = f"{name}_{file.removeprefix(f'{name}_').removeprefix('graphopt_')}"[:-2] + ".o"
-        flags = (prefix, *RUNTIME_FLAGS) if file in RUNTIME_SOURCES else (prefix, "-O2")
+    return (f"{name}_model.c", *RUNTIME_SOURCES)
+
+
+def _link(name: str, sources: tuple[str, ...], toolchain: Toolchain, work: Path) -> None:
+    kernels = f"{name}_kernels.o"
+    members = {kernels: (work / kernels).read_bytes()}
+    for file in sources:
+        # The archive's members carry the model's name, as several archives may meet in one link.
+        stem = Path(file).stem.removeprefix("graphopt_").removeprefix(f"{name}_")
+        made = f"{name}_{stem}.o"
+        flags = RUNTIME_FLAGS if file in RUNTIME_SOURCES else MODEL_FLAGS
+        flags = (f"-DGRAPHOPT_PREFIX={name}", *flags)
         members[made] = toolchain.compile(file, made, cwd=work, flags=flags)
     toolchain.link_shared(list(members), f"lib{name}.so", cwd=work)
     (work / f"lib{name}.a").write_bytes(elf.archive(members))

@@ -56,17 +56,13 @@ def cache_folder() -> Path:
     return Path(named) if named else platformdirs.user_cache_path("graphopt")
 
 
-def artifact_target(manifest: Mapping[str, Any]) -> Target:
-    """The target in a manifest, as far as running and linking need it."""
-    entry = manifest["target"]
+def _link_target(manifest: Mapping[str, Any]) -> Target:
+    """A target of the architecture in a manifest: all that linking for it takes."""
+    arch = manifest["target"]["arch"]
     for target in targets().values():
-        if (target.name, target.arch) == (entry["name"], entry["arch"]):
+        if target.arch == arch:
             return target
-    for target in targets().values():
-        if target.arch == entry["arch"]:
-            return target
-    raise TargetError(f"{manifest['name']} was built for {entry['name']} ({entry['arch']}), "
-                      "which this graphopt does not know")  # fmt: skip
+    raise TargetError(f"{manifest['name']} was built for {arch}, which this graphopt cannot link")
 
 
 def build_runner(folder: str | Path, *, cc: CompilerName | None = None) -> Path:
@@ -79,7 +75,7 @@ def build_runner(folder: str | Path, *, cc: CompilerName | None = None) -> Path:
     folder = Path(folder)
     manifest = read_manifest(folder, ArtifactError)
     name = manifest["name"]
-    toolchain = find_toolchain(artifact_target(manifest), cc)
+    toolchain = find_toolchain(_link_target(manifest), cc)
     source = resources.files("graphopt.runtime.csrc").joinpath("runner.c").read_bytes()
     parts = {
         "runner.c": source,
@@ -122,14 +118,18 @@ class RunnerDevice:
     """
 
     def __init__(self, *, cc: CompilerName | None = None) -> None:
+        """See the class for the arguments."""
         self.cc = cc
 
-    def command(self, program: Path, manifest: Mapping[str, Any]) -> list[str]:
-        """What to execute to run `program`; a remote device copies it first.
+    def check(self, manifest: Mapping[str, Any]) -> None:
+        """Guard, before anything is built for it.
 
         Raises:
             TargetError: this device cannot run artifacts of that target.
         """
+
+    def command(self, program: Path, manifest: Mapping[str, Any]) -> list[str]:
+        """What to execute to run `program`; a remote device copies it first."""
         raise NotImplementedError
 
     def run(
@@ -155,6 +155,7 @@ class RunnerDevice:
         self, folder: Path, inputs: Sequence[Array], options: list[str], threads: int | None
     ) -> tuple[tuple[Array, ...], list[float]]:
         manifest = read_manifest(folder, ArtifactError)
+        self.check(manifest)
         command = [
             *self.command(build_runner(folder, cc=self.cc), manifest),
             *options,
@@ -192,14 +193,17 @@ def _split(manifest: Mapping[str, Any], data: bytes) -> tuple[Array, ...]:
 class LocalDevice(RunnerDevice):
     """This machine."""
 
-    def command(self, program: Path, manifest: Mapping[str, Any]) -> list[str]:
-        """The program itself."""
+    def check(self, manifest: Mapping[str, Any]) -> None:
+        """Guard: the artifact is for this kind of CPU."""
         if manifest["target"]["arch"] != platform.machine():
             raise TargetError(
                 f"{manifest['name']} was built for {manifest['target']['arch']}; this machine is "
                 f"{platform.machine()}",
                 hint="use EmulatorDevice(), or copy it to a board.",
             )
+
+    def command(self, program: Path, manifest: Mapping[str, Any]) -> list[str]:
+        """The program itself."""
         return [str(program)]
 
 
@@ -212,8 +216,13 @@ class EmulatorDevice(RunnerDevice):
     """
 
     def __init__(self, cpu: str | None = None, *, cc: CompilerName | None = None) -> None:
+        """See the class for the arguments."""
         super().__init__(cc=cc)
         self.cpu = cpu
+
+    def check(self, manifest: Mapping[str, Any]) -> None:
+        """Guard: the emulator is installed."""
+        find_emulator(manifest["target"]["arch"])
 
     def command(self, program: Path, manifest: Mapping[str, Any]) -> list[str]:
         """`qemu-<arch> -cpu <cpu> program`."""

@@ -57,6 +57,7 @@ class Tensor:
     """One input or output of a model: `name`, `shape`, `dtype`."""
 
     def __init__(self, entry: dict[str, Any]) -> None:
+        """From a manifest's entry."""
         self.name: str = entry["name"]
         self.shape: tuple[int, ...] = tuple(int(dim) for dim in entry["shape"])
         self.dtype: np.dtype[Any] = np.dtype(entry["dtype"])
@@ -86,7 +87,7 @@ def read_manifest(folder: str | Path, error: type[Exception] = ArtifactError) ->
             found.append(manifest)
     if len(found) != 1:
         raise error(
-            f"{folder} holds {len(found) or 'no'} model manifest{'s' if found else ''} of graphopt; "
+            f"{folder} holds {len(found)} manifests of graphopt models instead of one; "
             "it should be a folder that graphopt built"
         )
     if found[0].get("format_version") != FORMAT_VERSION:
@@ -122,6 +123,7 @@ class Model:
     input_error: ClassVar[type[Exception]] = InputError
 
     def __init__(self, folder: str | Path | None = None, threads: int | None = None) -> None:
+        """Load the library and make a context; see the class for the arguments."""
         self.folder = Path(__file__).parent if folder is None else Path(folder)
         self.manifest = read_manifest(self.folder, self.artifact_error)
         self.name: str = self.manifest["name"]
@@ -294,8 +296,8 @@ class Model:
 
     def _run(self, inputs: Sequence[Array]) -> tuple[Array, ...]:
         outputs = tuple(np.empty(tensor.shape, tensor.dtype) for tensor in self.outputs)
-        ins = (_Tensor * len(inputs))(*((a.ctypes.data, a.nbytes) for a in inputs))
-        outs = (_Tensor * len(outputs))(*((a.ctypes.data, a.nbytes) for a in outputs))
+        ins = (_Tensor * len(inputs))(*[_Tensor(a.ctypes.data, a.nbytes) for a in inputs])
+        outs = (_Tensor * len(outputs))(*[_Tensor(a.ctypes.data, a.nbytes) for a in outputs])
         self._call("run", self._context, ins, ctypes.c_size_t(len(inputs)),
                    outs, ctypes.c_size_t(len(outputs)))  # fmt: skip
         return outputs

@@ -116,9 +116,7 @@ def rows_kernels(target: Target, name: str = "rows") -> bytes:
 
 
 def build_rows(folder: Path, target: Target, *, name: str = "rows", **options: Any) -> Artifact:
-    return build_artifact(
-        rows_program(name), target, rows_kernels(target, name), folder, **options
-    )
+    return build_artifact(rows_program(name), target, rows_kernels(target, name), folder, **options)
 
 
 def tool(name: str, package: str) -> str:

@@ -1,0 +1,30 @@
+"""Builds shared by the runtime's tests: made once, read only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from runtime_programs import build_rows
+
+from graphopt.backends.target import get_target
+from graphopt.runtime.artifact import Artifact
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runners are cached for this session only."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRAPHOPT_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def host_rows(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return build_rows(tmp_path_factory.mktemp("host") / "out", get_target("host"), threads=2)
+
+
+@pytest.fixture(scope="session")
+def arm_rows(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return build_rows(tmp_path_factory.mktemp("arm") / "out", get_target("arm"), threads=2)
