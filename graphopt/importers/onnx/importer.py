@@ -102,7 +102,7 @@ class _Walk:
             else:
                 self.ctx.origin = (origin,)
                 used = tuple(bool(t.outputs) or id(t) in graph_outputs for t in node.outputs)
-                view = OnnxNode(node.op, tuple(operands), dict(node.attrs), used, origin)  # type: ignore[arg-type]
+                view = OnnxNode(node.op, tuple(operands), dict(node.attrs), used, origin)
                 results = self.branch(view) if node.op == "If" else self.handle(view)
         except Refused as refusal:
             self.refusals.append((origin, str(refusal)))

@@ -52,8 +52,8 @@ def max_pool(ctx: Context, node: OnnxNode, x: Value, windows: Windows) -> Value:
         raise Refused(f"its input is {dtype(x)}, not floating point")
     ceil = bool(node.get_int("ceil_mode", 0))
     padding = [head for head, _ in windows.pads]
-    # ATen pads at most half a window.
-    small = all(0 <= p <= span // 2 for p, span in zip(padding, windows.spans, strict=True))
+    # ATen pads at most half the kernel, dilated or not.
+    small = all(0 <= p <= k // 2 for p, k in zip(padding, windows.kernel, strict=True))
     if not windows.symmetric or not small:
         pads = windows.exact_pads(shape(x)[2:])
         x = constant_pad(ctx, x, [(0, 0), (0, 0), *pads], -math.inf)

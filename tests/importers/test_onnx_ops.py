@@ -1,0 +1,396 @@
+"""Every ONNX operator handler against ONNX Runtime, on one-node models."""
+
+import numpy as np
+import pytest
+
+from graphopt.importers import import_model
+from graphopt.importers.onnx import HANDLERS
+from tests.importers.onnx_cases import assert_same, floats, ints, one_node
+
+F = np.float32
+
+UNARY = [
+    *("Abs", "Asinh", "Atan", "Ceil", "Cos", "Cosh", "Erf", "Exp", "Floor", "HardSwish"),
+    *("Identity", "Neg", "Reciprocal", "Relu", "Round", "Sigmoid", "Sign", "Sin", "Sinh"),
+    *("Softplus", "Softsign", "Tan", "Tanh", "Mish", "IsNaN"),
+]
+
+
+@pytest.mark.parametrize("op", UNARY)
+def test_unary(op):
+    x = floats(2, 3, 5) * 3
+    assert_same(one_node(op, {"x": x}), {"x": x})
+
+
+@pytest.mark.parametrize("op", ["Sqrt", "Log", "Acosh"])
+def test_unary_of_positive(op):
+    x = np.abs(floats(2, 3)) + 1
+    assert_same(one_node(op, {"x": x}), {"x": x})
+
+
+@pytest.mark.parametrize("op", ["Acos", "Asin", "Atanh"])
+def test_unary_of_small(op):
+    x = np.tanh(floats(2, 3)) * F(0.9)
+    assert_same(one_node(op, {"x": x}), {"x": x})
+
+
+def test_round_to_even():
+    x = np.array([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 0.49999997], F)
+    assert_same(one_node("Round", {"x": x}), {"x": x}, 0)
+
+
+ACTIVATIONS = [
+    ("LeakyRelu", {"alpha": 0.2}, 18),
+    ("LeakyRelu", {}, 18),
+    ("Elu", {"alpha": 0.7}, 18),
+    ("Selu", {}, 18),
+    ("Selu", {"alpha": 1.5, "gamma": 1.2}, 18),
+    ("Celu", {"alpha": 0.5}, 18),
+    ("HardSigmoid", {}, 18),
+    ("HardSigmoid", {"alpha": 1 / 6, "beta": 0.5}, 18),
+    ("HardSigmoid", {"alpha": 0.3, "beta": 0.4}, 18),
+    ("ThresholdedRelu", {"alpha": 0.5}, 18),
+    ("Gelu", {}, 20),
+    ("Gelu", {"approximate": "tanh"}, 20),
+    ("Softmax", {"axis": 1}, 11),
+    ("Softmax", {}, 11),
+    ("Softmax", {"axis": 1}, 13),
+    ("Softmax", {}, 13),
+    ("LogSoftmax", {"axis": 1}, 11),
+    ("LogSoftmax", {"axis": 1}, 13),
+    ("LRN", {"size": 3, "alpha": 0.5, "beta": 0.6, "bias": 1.5}, 18),
+    ("LRN", {"size": 5}, 18),
+    ("LpNormalization", {"axis": 1, "p": 1}, 18),
+    ("LpNormalization", {"axis": -1, "p": 2}, 18),
+    ("GlobalAveragePool", {}, 18),
+    ("GlobalMaxPool", {}, 18),
+    ("Flatten", {"axis": 0}, 18),
+    ("Flatten", {"axis": 2}, 18),
+    ("Flatten", {"axis": -1}, 18),
+    ("Transpose", {}, 18),
+    ("Transpose", {"perm": [0, 2, 3, 1]}, 18),
+    ("DepthToSpace", {"blocksize": 2}, 18),
+    ("DepthToSpace", {"blocksize": 2, "mode": "CRD"}, 18),
+    ("SpaceToDepth", {"blocksize": 2}, 18),
+    ("ArgMax", {"axis": 1, "keepdims": 0}, 18),
+    ("ArgMin", {"axis": -2}, 18),
+    ("Dropout", {}, 18),
+    ("Dropout", {"ratio": 0.4}, 11),
+    ("Clip", {"min": -0.5, "max": 0.75}, 10),
+    ("Squeeze", {}, 18),
+    ("Unsqueeze", {"axes": [0, -1]}, 11),
+    ("Shape", {}, 18),
+    ("Shape", {"start": 1, "end": -1}, 18),
+    ("Size", {}, 18),
+    ("IsInf", {"detect_negative": 0}, 18),
+    ("Cast", {"to": 7}, 18),
+    ("Cast", {"to": 9}, 18),
+    ("Cast", {"to": 10}, 18),
+    ("Cast", {"to": 1}, 18),
+]
+
+
+@pytest.mark.parametrize(("op", "attributes", "opset"), ACTIVATIONS)
+def test_one_input(op, attributes, opset):
+    x = floats(2, 4, 4, 6)
+    x[0, 0, 0, 0] = np.inf if op == "IsInf" else 0
+    assert_same(one_node(op, {"x": x}, opset=opset, **attributes), {"x": x}, 2e-5)
+
+
+BINARY = ["Add", "Sub", "Mul", "Div", "Max", "Min", "Sum", "Mean"]
+BINARY += ["Equal", "Greater", "Less", "GreaterOrEqual", "LessOrEqual"]
+
+
+@pytest.mark.parametrize("op", BINARY)
+@pytest.mark.parametrize("constant", ["none", "left", "right", "scalar left", "scalar right"])
+def test_binary(op, constant):
+    x = floats(3, 1, 5)
+    y = floats(4, 1, seed=1) if "scalar" not in constant else np.array(0.3, F)
+    y = y + F(2) * np.sign(y)
+    if constant == "none":
+        assert_same(one_node(op, {"x": x, "y": y}), {"x": x, "y": y})
+    else:
+        order = ["y", "x"] if "left" in constant else ["x", "y"]
+        assert_same(one_node(op, {"x": x}, {"y": y}, order=order), {"x": x})
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.int64])
+@pytest.mark.parametrize("op", ["Add", "Sub", "Mul", "Div"])
+def test_integers(op, kind):
+    x, y = np.array([-7, 7, -8, 9], kind), np.array([2, -2, 3, -4], kind)
+    assert_same(one_node(op, {"x": x, "y": y}), {"x": x, "y": y}, 0)
+    assert_same(one_node(op, {"x": x}, {"y": np.array(3, kind)}), {"x": x}, 0)
+
+
+@pytest.mark.parametrize("fmod", [0, 1])
+def test_mod(fmod):
+    x, y = np.array([-7, 7, -8, 9], np.int64), np.array([2, -2, 3, -4], np.int64)
+    assert_same(one_node("Mod", {"x": x, "y": y}, fmod=fmod), {"x": x, "y": y}, 0)
+
+
+@pytest.mark.parametrize("op", ["And", "Or", "Xor"])
+def test_logic(op):
+    x, y = np.array([True, True, False, False]), np.array([True, False, True, False])
+    assert_same(one_node(op, {"x": x, "y": y}), {"x": x, "y": y}, 0)
+
+
+def test_not_and_where():
+    c, x, y = np.array([True, False, True]), floats(3), floats(3, seed=1)
+    assert_same(one_node("Not", {"c": c}), {"c": c}, 0)
+    assert_same(one_node("Where", {"c": c, "x": x, "y": y}), {"c": c, "x": x, "y": y}, 0)
+
+
+@pytest.mark.parametrize("exponent", [2.0, 0.5, -1.0, 3.0])
+def test_power_by_number(exponent):
+    x = np.abs(floats(3, 4)) + F(0.1)
+    assert_same(one_node("Pow", {"x": x}, {"e": np.array(exponent, F)}), {"x": x})
+    assert_same(one_node("Pow", {"x": x}, {"e": np.array([[exponent]], np.float64)}), {"x": x})
+
+
+def test_power_keeps_the_type_of_its_base():
+    x = np.array([1, 2, 3, 4], np.int32)
+    assert_same(one_node("Pow", {"x": x}, {"e": np.array(2, np.int64)}), {"x": x}, 0)
+    assert_same(one_node("Pow", {"x": x}, {"e": np.array(0.5, F)}), {"x": x}, 0)
+    y = np.array([2, 0, 1, 3], np.int64)
+    assert_same(one_node("Pow", {"x": x, "y": y}), {"x": x, "y": y}, 0)
+
+
+@pytest.mark.parametrize("bounds", [("low",), ("low", "high"), ("", "high")])
+@pytest.mark.parametrize("given", [True, False])
+def test_clip(bounds, given):
+    x = floats(3, 4)
+    values = {"low": np.array(-0.5, F), "high": np.array(0.6, F)}
+    used = {name: values[name] for name in bounds if name}
+    inputs = {"x": x, **used} if given else {"x": x}
+    model = one_node("Clip", inputs, {} if given else used, order=["x", *bounds])
+    assert_same(model, inputs)
+
+
+@pytest.mark.parametrize("shape", [(1,), (4, 1, 1), (3, 4, 5, 6)])
+def test_prelu(shape):
+    x = floats(3, 4, 5, 6)
+    assert_same(one_node("PRelu", {"x": x}, {"s": floats(*shape, seed=1)}), {"x": x})
+
+
+def test_cast_like():
+    x, y = floats(3) * 5, np.zeros(1, np.int32)
+    assert_same(one_node("CastLike", {"x": x, "y": y}, opset=19), {"x": x, "y": y}, 0)
+
+
+REDUCTIONS = [op for op in HANDLERS if op.startswith("Reduce")]
+
+
+@pytest.mark.parametrize("op", REDUCTIONS)
+@pytest.mark.parametrize("axes", [None, [1], [0, -1]])
+@pytest.mark.parametrize("keep", [0, 1])
+@pytest.mark.parametrize("opset", [11, 18])
+def test_reductions(op, axes, keep, opset):
+    x = np.abs(floats(3, 4, 5)) + F(0.5)
+    if opset == 11:
+        attributes = {} if axes is None else {"axes": axes}
+        model = one_node(op, {"x": x}, opset=11, keepdims=keep, **attributes)
+    else:
+        constants = {} if axes is None else {"a": ints(*axes)}
+        model = one_node(op, {"x": x}, constants, keepdims=keep)
+    assert_same(model, {"x": x})
+
+
+@pytest.mark.parametrize("op", ["ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceMean"])
+def test_integer_reductions(op):
+    x = np.array([[1, -5, 3], [4, 7, -6]], np.int32)
+    assert_same(one_node(op, {"x": x}, {"a": ints(1)}, keepdims=0), {"x": x}, 0)
+
+
+@pytest.mark.parametrize("a", [(3, 4), (2, 3, 4), (2, 5, 3, 4), (4,)])
+@pytest.mark.parametrize("b", [(4, 6), (4,), (1, 4, 6)])
+@pytest.mark.parametrize("constant", [True, False])
+def test_matmul(a, b, constant):
+    x, y = floats(*a), floats(*b, seed=1)
+    if constant:
+        assert_same(one_node("MatMul", {"x": x}, {"y": y}), {"x": x})
+    else:
+        assert_same(one_node("MatMul", {"x": x, "y": y}), {"x": x, "y": y})
+
+
+@pytest.mark.parametrize("flip_a", [0, 1])
+@pytest.mark.parametrize("flip_b", [0, 1])
+@pytest.mark.parametrize("bias", [None, (), (1,), (6,), (1, 6), (3, 1), (3, 6)])
+@pytest.mark.parametrize("constant", [True, False])
+def test_gemm(flip_a, flip_b, bias, constant):
+    x = floats(*((4, 3) if flip_a else (3, 4)))
+    others = {"b": floats(*((6, 4) if flip_b else (4, 6)), seed=1)}
+    if bias is not None:
+        others["c"] = np.asarray(floats(*bias, seed=2), F)
+    inputs = {"x": x} if constant else {"x": x, **others}
+    attributes = {"transA": flip_a, "transB": flip_b, "alpha": 0.5, "beta": 1.5}
+    model = one_node("Gemm", inputs, others if constant else {}, **attributes)
+    assert_same(model, inputs)
+
+
+@pytest.mark.parametrize("dimensions", [2, 3, 4, 5])
+def test_batch_norm(dimensions):
+    x = floats(3, 4, *[5] * (dimensions - 2))
+    constants = {name: floats(4, seed=i) for i, name in enumerate("sbm")}
+    constants["v"] = np.abs(floats(4, seed=9)) + F(0.1)
+    assert_same(one_node("BatchNormalization", {"x": x}, constants, epsilon=1e-3), {"x": x})
+
+
+@pytest.mark.parametrize("axis", [-1, 1, 2])
+@pytest.mark.parametrize("bias", [True, False])
+def test_layer_norm(axis, bias):
+    x = floats(2, 3, 4)
+    constants = {"s": floats(*x.shape[axis:], seed=1)}
+    if bias:
+        constants["b"] = floats(*x.shape[axis:], seed=2)
+    assert_same(one_node("LayerNormalization", {"x": x}, constants, axis=axis), {"x": x})
+
+
+@pytest.mark.parametrize(
+    ("op", "attributes", "opset", "size"),
+    [
+        ("InstanceNormalization", {"epsilon": 1e-3}, 18, 6),
+        ("GroupNormalization", {"num_groups": 3}, 21, 6),
+    ],
+)
+def test_group_norms(op, attributes, opset, size):
+    x = floats(2, 6, 4, 5)
+    constants = {"s": floats(size, seed=1), "b": floats(size, seed=2)}
+    assert_same(one_node(op, {"x": x}, constants, opset=opset, **attributes), {"x": x})
+
+
+SHAPES = [
+    ("Reshape", (2, 3, 4), {"s": ints(0, -1)}, {}),
+    ("Reshape", (2, 3, 4), {"s": ints(4, 0, -1)}, {}),
+    ("Reshape", (0, 3), {"s": ints(3, 0)}, {"allowzero": 1}),
+    ("Squeeze", (1, 3, 1, 4), {"a": ints(-2)}, {}),
+    ("Unsqueeze", (3, 4), {"a": ints(1, -1)}, {}),
+    ("Expand", (3, 1, 4), {"s": ints(2, 1, 5, 1)}, {}),
+    ("Tile", (2, 3), {"r": ints(3, 2)}, {}),
+    ("Tile", (2, 3), {"r": ints(1, 1)}, {}),
+    ("Trilu", (2, 4, 5), {}, {}),
+    ("Trilu", (2, 4, 5), {"k": np.array(-1, np.int64)}, {"upper": 0}),
+    ("Gather", (4, 5), {"i": ints(-1, 0, 2)}, {"axis": 1}),
+    ("Gather", (4, 5), {"i": ints(1, 2, 3)}, {"axis": 1}),
+    ("Gather", (4, 5), {"i": np.array(2, np.int64)}, {}),
+    ("Gather", (4, 5, 3), {"i": ints(1, 0, 2, 1).reshape(2, 2)}, {"axis": -2}),
+    ("CumSum", (3, 4), {"a": np.array(1, np.int64)}, {}),
+]
+
+
+@pytest.mark.parametrize(("op", "shape", "constants", "attributes"), SHAPES)
+def test_shapes(op, shape, constants, attributes):
+    x = floats(*shape)
+    assert_same(one_node(op, {"x": x}, constants, **attributes), {"x": x})
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (5, 4, 3)])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("kind", [np.int32, np.int64])
+def test_gather_by_inputs(shape, axis, kind):
+    table, indices = floats(*shape), np.array([[0, -1], [3, 1]], kind)
+    model = one_node("Gather", {"i": indices}, {"t": table}, order=["t", "i"], axis=axis)
+    assert_same(model, {"i": indices}, 0)
+
+
+def test_gather_elements():
+    x, i = floats(3, 4), np.array([[0, -1, 2, 1]], np.int64)
+    assert_same(one_node("GatherElements", {"x": x, "i": i}), {"x": x, "i": i}, 0)
+
+
+@pytest.mark.parametrize("axis", [0, -1])
+def test_concat(axis):
+    x, y = floats(3, 3), floats(3, 3, seed=1)
+    assert_same(one_node("Concat", {"x": x, "y": y}, axis=axis), {"x": x, "y": y}, 0)
+
+
+@pytest.mark.parametrize(
+    ("opset", "constants", "attributes"),
+    [
+        (11, {}, {"split": [1, 4, 2]}),
+        (13, {"s": ints(1, 4, 2)}, {}),
+        (18, {}, {"num_outputs": 3}),
+    ],
+)
+def test_split(opset, constants, attributes):
+    x = floats(2, 7)
+    model = one_node("Split", {"x": x}, constants, opset=opset, outputs=3, axis=1, **attributes)
+    assert_same(model, {"x": x}, 0)
+
+
+def test_constants_are_evaluated_and_shape_chains_vanish():
+    from onnx import helper
+
+    from tests.importers.onnx_cases import graph_model
+
+    x = floats(2, 3, 4)
+    nodes = [
+        helper.make_node("Shape", ["x"], ["shape"]),
+        helper.make_node("Slice", ["shape", "zero", "one"], ["batch"]),
+        helper.make_node("Constant", [], ["rest"], value_ints=[-1]),
+        helper.make_node("Concat", ["batch", "rest"], ["sizes"], axis=0),
+        helper.make_node("Reshape", ["x", "sizes"], ["y"]),
+    ]
+    model = graph_model(nodes, {"x": x}, {"zero": ints(0), "one": ints(1)}, ["y"], 13)
+    gm = import_model(model)
+    assert [node.op for node in gm.graph.nodes] == ["placeholder", "call_function", "output"]
+    assert_same(model, {"x": x}, 0)
+
+
+def test_giant_constants_are_not_evaluated():
+    sizes = ints(1 << 13, 1 << 13)
+    gm = import_model(one_node("ConstantOfShape", {"x": floats(1)}, {"s": sizes}, order=["s"]))
+    assert sum(buffer.numel() for buffer in gm.buffers()) < 100
+
+
+@pytest.mark.parametrize("condition", [True, False])
+def test_if_with_a_constant_condition(condition):
+    from onnx import helper
+
+    from tests.importers.onnx_cases import graph_model
+
+    def branch(op):
+        out = helper.make_tensor_value_info("z", 1, [2])
+        return helper.make_graph([helper.make_node(op, ["x"], ["z"])], op, [], [out])
+
+    node = helper.make_node(
+        "If", ["c"], ["y"], then_branch=branch("Exp"), else_branch=branch("Neg")
+    )
+    model = graph_model([node], {"x": floats(2)}, {"c": np.array(condition)}, ["y"], 18)
+    assert_same(model, {"x": floats(2)})
+
+
+def test_model_local_functions_are_inlined():
+    from onnx import helper
+
+    from tests.importers.onnx_cases import value_info
+
+    body = [helper.make_node("Mul", ["a", "a"], ["b"]), helper.make_node("Exp", ["b"], ["c"])]
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("own", 1)]
+    function = helper.make_function("own", "ExpSquare", ["a"], ["c"], body, opsets[:1])
+    node = helper.make_node("ExpSquare", ["x"], ["y"], domain="own")
+    x = floats(3)
+    graph = helper.make_graph([node], "g", [value_info("x", x)], [value_info("y", x)])
+    model = helper.make_model(graph, opset_imports=opsets, functions=[function], ir_version=10)
+    assert_same(model, {"x": x})
+
+
+def test_initializers_that_are_also_inputs_are_constants():
+    x, w = floats(2, 3), floats(3, 4, seed=1)
+    model = one_node("MatMul", {"x": x, "w": w}, {}, opset=11)
+    from onnx import numpy_helper
+
+    model.graph.initializer.append(numpy_helper.from_array(w, "w"))
+    gm = import_model(model)
+    assert gm.meta["input_names"] == ("x",)
+    assert_same(model, {"x": x})
+
+
+def test_names_and_origins():
+    x = floats(1, 2, 5, 5)
+    model = one_node("Conv", {"image/0": x}, {"w": floats(3, 2, 3, 3)})
+    gm = import_model(model)
+    assert gm.meta["input_names"] == ("image/0",)
+    assert gm.meta["output_names"] == ("y0",)
+    conv = next(node for node in gm.graph.nodes if node.op == "call_function")
+    assert conv.meta["origin"] == ("ONNX node 'the_Conv' (Conv)",)
+    assert "w" in dict(gm.named_buffers())
