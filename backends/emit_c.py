@@ -8,8 +8,10 @@ kernel, the table of steps, what the CPU must have, and the weights (`.incbin`).
 from __future__ import annotations
 
 import json
+import keyword
 import math
 import re
+import sys
 from collections.abc import Mapping
 from importlib import resources
 
@@ -39,19 +41,43 @@ C_TYPES: Mapping[str, str] = {
     "float64": "double",
 }
 
-# A model of this name would redefine something of C's or the runtime's.
+# C and C++ keywords, and words whose functions (`pthread_create`, …) a model of that
+# name would redefine.
 _RESERVED = frozenset({
     "auto", "break", "case", "char", "class", "const", "continue", "default", "delete", "do",
     "double", "else", "enum", "extern", "float", "for", "goto", "if", "inline", "int", "long",
     "main", "namespace", "new", "register", "restrict", "return", "short", "signed", "sizeof",
     "static", "struct", "switch", "template", "this", "typedef", "union", "unsigned", "void",
     "volatile", "while",
+    "cnd", "graphopt", "mtx", "pthread", "sem", "thrd", "timer", "tss",
 })  # fmt: skip
+# `<name>.py` beside a program would take these modules' place, for the loader itself too.
+_PYTHON_MODULES = (sys.stdlib_module_names | {"numpy"}) - {"test"}
 
 
 def kernel_symbol(program: Program, symbol: str) -> str:
     """The linker name of a kernel, as the kernels' object must define it."""
     return f"{program.name}_k_{symbol}"
+
+
+def check_name(name: str) -> None:
+    """Guard: `name` can name a library, its C symbols and its Python module.
+
+    Raises:
+        GraphoptError: it cannot; says why.
+    """
+    hint = "name= is a C identifier: letters, digits and underscores, at most 64, a letter first."
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}", name):
+        raise GraphoptError(f"{name!r} cannot be the name of a library", hint=hint)
+    if name in _RESERVED or keyword.iskeyword(name):
+        raise GraphoptError(
+            f"{name!r} cannot be the name of a library: the word is taken in C or Python", hint=hint
+        )
+    if name in _PYTHON_MODULES:
+        raise GraphoptError(
+            f"{name!r} cannot be the name of a library: {name}.py would hide Python's own module",
+            hint=hint,
+        )
 
 
 def check_program(program: Program) -> None:
@@ -61,12 +87,7 @@ def check_program(program: Program) -> None:
         GraphoptError: the name cannot prefix C symbols, or (a bug in lowering) a buffer lies
             outside its memory or a step names a buffer that does not exist.
     """
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}", program.name) or program.name in _RESERVED:
-        raise GraphoptError(
-            f"{program.name!r} cannot be the name of a library",
-            hint="name= must be a C identifier: letters, digits and underscores, "
-            "at most 64, a letter first, and no keyword.",
-        )
+    check_name(program.name)
     interface = (*program.inputs, *program.outputs)
     if len(set(interface)) != len(interface) or not program.outputs:
         raise GraphoptError(f"inputs and outputs must be distinct buffers: {list(interface)}")

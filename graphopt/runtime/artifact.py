@@ -120,6 +120,8 @@ def _version() -> str:
 
 
 def _check_kernels(program: Program, target: Target, kernels: bytes) -> bytes:
+    if not program.steps:
+        return b""
     if elf.machine(kernels) != target.arch:
         raise GraphoptError(
             f"the kernels' object is for {elf.machine(kernels)}, the target for {target.arch}"
@@ -137,7 +139,7 @@ def write_sources(
     """Write all that the library is compiled from to `work`; returns its C files.
 
     They are compiled in `work` with `-DGRAPHOPT_PREFIX=<name>` and linked with
-    `<name>_kernels.o`, which is `kernels` as it is.
+    `<name>_kernels.o`, which is `kernels` as it is; a program without steps has none.
     """
     name = program.name
     csrc = resources.files("graphopt.runtime.csrc")
@@ -149,13 +151,14 @@ def write_sources(
     header = emit_header(program, target, version=version)
     (work / f"{name}.h").write_text(header, encoding="utf-8")
     (work / WEIGHTS_FILE).write_bytes(emit_weights(program))
-    (work / f"{name}_kernels.o").write_bytes(kernels)
+    if kernels:
+        (work / f"{name}_kernels.o").write_bytes(kernels)
     return (f"{name}_model.c", *RUNTIME_SOURCES)
 
 
 def _link(name: str, sources: tuple[str, ...], toolchain: Toolchain, work: Path) -> None:
-    kernels = f"{name}_kernels.o"
-    members = {kernels: (work / kernels).read_bytes()}
+    kernels = work / f"{name}_kernels.o"
+    members = {kernels.name: kernels.read_bytes()} if kernels.exists() else {}
     for file in sources:
         # The archive's members carry the model's name, as several archives may meet in one link.
         stem = Path(file).stem.removeprefix("graphopt_").removeprefix(f"{name}_")

@@ -26,8 +26,10 @@ from runtime_programs import (
 from graphopt.backends import elf
 from graphopt.backends.target import get_target
 from graphopt.errors import ArtifactError, GraphoptError, TargetError, ToolchainError
+from graphopt.program.ir import Buffer, Program
 from graphopt.runtime import staging
 from graphopt.runtime.artifact import Artifact, build_artifact
+from graphopt.runtime.load import load
 
 FILES = ["librows.a", "librows.so", "rows.h", "rows.json", "rows.py"]
 KB = 1024
@@ -228,8 +230,9 @@ def test_a_broken_program_is_refused(build: Callable[[], None], words: str) -> N
 def test_other_wrong_arguments_are_refused(tmp_path: Path) -> None:
     host, arm = get_target("host"), get_target("arm")
     kernels = rows_kernels(host)
-    with pytest.raises(GraphoptError, match="name of a library"):
-        build_artifact(rows_program("my-model"), host, kernels, tmp_path / "x")
+    for name in ("my-model", "", "2d", "x" * 65, "pthread", "json", "numpy", "int", "lambda"):
+        with pytest.raises(GraphoptError, match="name of a library"):
+            build_artifact(rows_program(name), host, kernels, tmp_path / "x")
     with pytest.raises(GraphoptError, match="threads=0"):
         build_artifact(rows_program(), host, kernels, tmp_path / "x", threads=0)
     with pytest.raises(GraphoptError, match="lacks other_k_cumulate, other_k_pick"):
@@ -242,6 +245,14 @@ def test_other_wrong_arguments_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match="telepathy"):
         build_artifact(rows_program(), unknown, kernels, tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_program_without_steps_builds(tmp_path: Path) -> None:
+    out = Buffer("y", (1,), "int8", "plain", "output", 1)
+    empty = Program("empty", (), {"y": out}, (), ("y",), 0, 0, 0)
+    artifact = build_artifact(empty, get_target("host"), b"", tmp_path / "out")
+    with load(artifact.folder) as model:
+        assert model().shape == (1,)
 
 
 def test_names_that_collide_as_macros_are_told_apart(tmp_path: Path) -> None:
