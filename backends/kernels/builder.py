@@ -143,6 +143,17 @@ def loop(extent: int | Expr, kind: str = "serial") -> Iterator[Expr]:
         yield variable
 
 
+def each(extent: int, lanes: int, body: Callable[[Expr], None]) -> None:
+    """Run `body` for each place of a row: whole vectors, then the rest one by one."""
+    full, rest = divmod(extent, lanes)
+    if full:
+        with loop(full) as i, loop(lanes, "vectorized") as lane:
+            body(i * lanes + lane)
+    if rest:
+        with loop(rest) as i:
+            body(full * lanes + i)
+
+
 def f32(value: float) -> Expr:
     """A float32 constant."""
     return tirx.const(value, "float32")

@@ -69,7 +69,9 @@ def lower_fold(request: Request) -> KernelSource | None:
         def element(index: Index, box: Index) -> Expr:
             n, c, *place = index
             inside, at, tap = taps.visit(place, box[1:])
-            first = (c // ocg) * icg if groups > 1 else 0
+            # Padding channels of a block belong to no group: they read the last one's inputs.
+            own = tirx.min(c, channels - 1) if channels % block else c
+            first = (own // ocg) * icg if groups > 1 else 0
             w = constants[0][flatten((box[0], *tap, c), (icg, *kernel, padded))]
             value = group.read(source, (n, first + box[0], *at))
             if inside:

@@ -14,7 +14,7 @@ from math import prod
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from graphopt.backends.kernels.builder import View, loop, unflatten
+from graphopt.backends.kernels.builder import View, each, loop, unflatten
 from graphopt.ops.math import dtype_of
 from graphopt.ops.opdef import Expr, Index, Reader, Reduction
 from graphopt.program.layout import block_of, physical_shape
@@ -80,7 +80,7 @@ def emit_map(task: Expr, out: View, element: Reader, lanes: int) -> None:
             index = space.to_logical(outer, middle, lane)
             out.store(index, element(index))
 
-        _vectors(space.inner, lanes, one)
+        each(space.inner, lanes, one)
 
     _nest(list(space.middle), at)
 
@@ -213,17 +213,6 @@ def combine(kind: str, a: Expr, b: Expr) -> Expr:
 def _fill(buffer: object, first: Expr, count: int, value: Expr) -> None:
     with loop(count, "vectorized") as lane:
         T.buffer_store(buffer, value, [first + lane])
-
-
-def _vectors(extent: int, lanes: int, body: Callable[[Expr], None]) -> None:
-    """Run `body` for each place of a row: whole vectors, then the rest one by one."""
-    full, rest = divmod(extent, lanes)
-    if full:
-        with loop(full) as i, T.vectorized(0, lanes) as lane:
-            body(i * lanes + lane)
-    if rest:
-        with loop(rest) as i:
-            body(full * lanes + i)
 
 
 def _nest(extents: list[int], body: Callable[[list[Expr]], None]) -> None:

@@ -22,12 +22,12 @@ from tvm.tirx.script.builder import ir as T
 from graphopt import graph as G
 from graphopt.backends.isa.base import Isa
 from graphopt.backends.kernels.base import KernelSource, Request
-from graphopt.backends.kernels.builder import View, f32, loop, unflatten
+from graphopt.backends.kernels.builder import View, each, f32, loop, unflatten
 from graphopt.backends.kernels.fusion import Group
 from graphopt.backends.kernels.rows import fold
-from graphopt.backends.kernels.tiling import Tile, choose_tile, split
+from graphopt.backends.kernels.tiling import Split, choose_tile, split
 from graphopt.ops import math as M
-from graphopt.ops.opdef import Expr, broadcast_index
+from graphopt.ops.opdef import Call, Expr, broadcast_index
 
 _BAND = 32
 """Rows of the left operand in one task."""
@@ -110,38 +110,51 @@ def lower_matmul(request: Request) -> KernelSource | None:
     lead = shape[:-2]
     m, n, depth = shape[-2], shape[-1], a_shape[-1]
     isa = request.target.isa
-    # Bands of one size only, so that the code is emitted once: the largest divisor that fits.
-    band = max(d for d in range(1, min(m, _BAND) + 1) if m % d == 0)
-    bands = m // band
+    bands = split(m, min(m, _BAND))
 
     def emit(
         task: Expr, views: dict[fx.Node, View], constants: list[Any], out: View, group: Group,
         scratch: Any,
     ) -> None:  # fmt: skip
-        *batch, row = unflatten(task, [*lead, bands])
+        *batch, number = unflatten(task, [*lead, bands.count])
         a_batch = broadcast_index(tuple(batch), a_shape[:-2])
         b_batch = broadcast_index(tuple(batch), b_shape[:-2])
 
-        def store(i: Expr, j: Expr, value: Expr) -> None:
-            index = (*batch, row * band + i, j)
-            group.give(request.anchor, lambda _: value)
-            out.store(index, group.read(request.root, index))
+        def band(first: Expr, rows: int) -> None:
+            def store(i: Expr, j: Expr, value: Expr) -> None:
+                index = (*batch, first + i, j)
+                group.give(request.anchor, lambda _: value)
+                out.store(index, group.read(request.root, index))
 
-        emit_product(
-            band, n, depth,
-            lambda i, k: group.read(a, (*a_batch, row * band + i, k)),
-            lambda k, j: group.read(b, (*b_batch, k, j)),
-            store, isa,
-        )  # fmt: skip
+            emit_product(
+                rows, n, depth,
+                lambda i, k: group.read(a, (*a_batch, first + i, k)),
+                lambda k, j: group.read(b, (*b_batch, k, j)),
+                store, isa,
+            )  # fmt: skip
+
+        _each_band(bands, number, band)
 
     flops = 2 * prod(shape) * depth
-    return KernelSource("matmul", prod(lead) * bands, flops, emit, request.reads)
+    return KernelSource("matmul", prod(lead) * bands.count, flops, emit, request.reads)
+
+
+def _each_band(bands: Split, number: Expr, body: Callable[[Expr, int], None]) -> None:
+    """Emit `body(first row, rows)` for the band of this number; bands have at most two sizes."""
+    if bands.large == bands.count:
+        body(number * bands.size, bands.size)
+        return
+    with T.If(number < bands.large):
+        with T.Then():
+            body(number * bands.size, bands.size)
+        with T.Else():
+            body(number * (bands.size - 1) + bands.large, bands.size - 1)
 
 
 def lower_attention(request: Request) -> KernelSource | None:
     """`scaled_dot_product_attention` with optional mask, causal or not, grouped heads or not."""
     call = request.call
-    q, k, v, mask = (call[name] for name in ("query", "key", "value", "attn_mask"))
+    q, k, v = (call[name] for name in ("query", "key", "value"))
     shape = call.shape
     lead = shape[:-2]
     queries, keys = G.shape(q)[-2], G.shape(k)[-2]
@@ -149,8 +162,7 @@ def lower_attention(request: Request) -> KernelSource | None:
     scale = call["scale"] if call["scale"] is not None else 1.0 / math.sqrt(depth)
     isa = request.target.isa
     block = isa.block
-    band = max(d for d in range(1, min(queries, _BAND) + 1) if queries % d == 0)
-    bands = queries // band
+    bands = split(queries, min(queries, _BAND))
     row_length = -(-keys // block) * block
     repeat = 1
     if call.arguments.get("enable_gqa"):
@@ -166,76 +178,70 @@ def lower_attention(request: Request) -> KernelSource | None:
         task: Expr, views: dict[fx.Node, View], constants: list[Any], out: View, group: Group,
         scratch: Any,
     ) -> None:  # fmt: skip
-        *batch, row = unflatten(task, [*lead, bands])
+        *batch, number = unflatten(task, [*lead, bands.count])
         transposed = T.decl_buffer((depth, row_length), "float32", data=scratch)
-        scores = T.decl_buffer((band, row_length), "float32", data=scratch,
+        scores = T.decl_buffer((bands.size, row_length), "float32", data=scratch,
                                elem_offset=depth * row_length)  # fmt: skip
         q_batch = broadcast_index(tuple(batch), G.shape(q)[:-2])
         k_batch, v_batch = heads(batch, G.shape(k)), heads(batch, G.shape(v))
-        with loop(depth) as d, loop(keys) as j:
-            T.buffer_store(transposed, group.read(k, (*k_batch, j, d)), [d, j])
 
-        def score(i: Expr, j: Expr, value: Expr) -> None:
-            value = value * f32(float(scale))
-            at = row * band + i
-            if mask is not None:
-                bias = group.read(mask, broadcast_index((*batch, at, j), G.shape(mask)))
-                if G.value(mask).dtype == torch.bool:
-                    value = tirx.Select(bias, value, f32(float("-inf")))
-                else:
-                    value = value + bias
-            if call["is_causal"]:
-                value = tirx.Select(j <= at, value, f32(float("-inf")))
-            T.buffer_store(scores, value, [i, j])
+        def band(first: Expr, rows: int) -> None:
+            with loop(depth) as d, loop(keys) as j:
+                T.buffer_store(transposed, group.read(k, (*k_batch, j, d)), [d, j])
 
-        emit_product(
-            band, keys, depth,
-            lambda i, d: group.read(q, (*q_batch, row * band + i, d)),
-            lambda d, j: transposed[d, j],
-            score, isa,
-        )  # fmt: skip
-        with loop(band) as i:
-            top = fold(keys, block, "max", lambda j: scores[i, j])
-            # A row with nothing to attend to gives zeros, as in PyTorch.
-            base = T.alloc_buffer((1,), "float32", scope="local")
-            empty = top[0] == f32(float("-inf"))
-            T.buffer_store(base, tirx.Select(empty, f32(0.0), top[0]), [0])
-            _each_store(keys, block, lambda j: T.buffer_store(
-                scores, M.exp(scores[i, j] - base[0]), [i, j]))  # fmt: skip
-            total = fold(keys, block, "sum", lambda j: scores[i, j])
-            share = T.alloc_buffer((1,), "float32", scope="local")
-            T.buffer_store(
-                share, tirx.Select(total[0] == f32(0.0), f32(0.0), f32(1.0) / total[0]), [0]
-            )
-            _each_store(keys, block, lambda j: T.buffer_store(
-                scores, scores[i, j] * share[0], [i, j]))  # fmt: skip
+            def score(i: Expr, j: Expr, value: Expr) -> None:
+                value = _masked(call, group, value * f32(float(scale)), (*batch, first + i, j))
+                T.buffer_store(scores, value, [i, j])
 
-        def store(i: Expr, j: Expr, value: Expr) -> None:
-            index = (*batch, row * band + i, j)
-            group.give(request.anchor, lambda _: value)
-            out.store(index, group.read(request.root, index))
+            emit_product(
+                rows, keys, depth,
+                lambda i, d: group.read(q, (*q_batch, first + i, d)),
+                lambda d, j: transposed[d, j],
+                score, isa,
+            )  # fmt: skip
+            with loop(rows) as i:
+                _softmax_row(scores, i, keys, block)
 
-        emit_product(
-            band, width, keys,
-            lambda i, j: scores[i, j],
-            lambda j, d: group.read(v, (*v_batch, j, d)),
-            store, isa,
-        )  # fmt: skip
+            def store(i: Expr, j: Expr, value: Expr) -> None:
+                index = (*batch, first + i, j)
+                group.give(request.anchor, lambda _: value)
+                out.store(index, group.read(request.root, index))
+
+            emit_product(
+                rows, width, keys,
+                lambda i, j: scores[i, j],
+                lambda j, d: group.read(v, (*v_batch, j, d)),
+                store, isa,
+            )  # fmt: skip
+
+        _each_band(bands, number, band)
 
     flops = 2 * prod(lead) * queries * keys * (depth + width)
-    scratch = (depth + band) * row_length * 4
-    return KernelSource("attention", prod(lead) * bands, flops, emit, request.reads,
+    scratch = (depth + bands.size) * row_length * 4
+    return KernelSource("attention", prod(lead) * bands.count, flops, emit, request.reads,
                         scratch=scratch)  # fmt: skip
 
 
-def _each_store(count: int, lanes: int, body: Callable[[Expr], None]) -> None:
-    full, rest = divmod(count, lanes)
-    if full:
-        with loop(full) as i, T.vectorized(0, lanes) as lane:
-            body(i * lanes + lane)
-    if rest:
-        with loop(rest) as i:
-            body(full * lanes + i)
+def _masked(call: Call, group: Group, score: Expr, index: tuple[Expr, ...]) -> Expr:
+    """The score with the mask, additive or boolean, and the causal triangle applied."""
+    mask = call["attn_mask"]
+    if mask is not None:
+        value = group.read(mask, broadcast_index(index, G.shape(mask)))
+        is_bool = G.value(mask).dtype == torch.bool
+        score = tirx.Select(value, score, f32(float("-inf"))) if is_bool else score + value
+    if call["is_causal"]:
+        score = tirx.Select(index[-1] <= index[-2], score, f32(float("-inf")))
+    return score
 
 
-__all__ = ["Tile", "lower_attention", "lower_matmul"]
+def _softmax_row(scores: Any, i: Expr, keys: int, lanes: int) -> None:
+    """Softmax of one row in place. A row with nothing to attend to gives zeros, as in PyTorch."""
+    top = fold(keys, lanes, "max", lambda j: scores[i, j])
+    base = T.alloc_buffer((1,), "float32", scope="local")
+    nothing = top[0] == f32(float("-inf"))
+    T.buffer_store(base, tirx.Select(nothing, f32(0.0), top[0]), [0])
+    each(keys, lanes, lambda j: T.buffer_store(scores, M.exp(scores[i, j] - base[0]), [i, j]))
+    total = fold(keys, lanes, "sum", lambda j: scores[i, j])
+    share = T.alloc_buffer((1,), "float32", scope="local")
+    T.buffer_store(share, tirx.Select(nothing, f32(0.0), f32(1.0) / total[0]), [0])
+    each(keys, lanes, lambda j: T.buffer_store(scores, scores[i, j] * share[0], [i, j]))

@@ -16,21 +16,11 @@ from tvm.tirx.script.builder import ir as T
 
 from graphopt import graph as G
 from graphopt.backends.kernels.base import KernelSource, Request
-from graphopt.backends.kernels.builder import View, f32, loop, unflatten
+from graphopt.backends.kernels.builder import View, each, f32, loop, unflatten
 from graphopt.backends.kernels.fusion import Group
 from graphopt.backends.kernels.generic import combine, identity
 from graphopt.ops import math as M
 from graphopt.ops.opdef import Expr, Index
-
-
-def _each(count: int, lanes: int, body: Callable[[Expr], None]) -> None:
-    full, rest = divmod(count, lanes)
-    if full:
-        with loop(full) as i, T.vectorized(0, lanes) as lane:
-            body(i * lanes + lane)
-    if rest:
-        with loop(rest) as i:
-            body(full * lanes + i)
 
 
 def fold(count: int, lanes: int, kind: str, element: Callable[[Expr], Expr]) -> Any:
@@ -90,7 +80,7 @@ def lower_softmax(request: Request) -> KernelSource | None:
             group.give(request.anchor, lambda _: value)
             out.store(at(i), group.read(request.root, at(i)))
 
-        _each(row, width, one)
+        each(row, width, one)
 
     flops = 5 * prod(shape)
     return KernelSource("softmax", max(1, prod(outer)), flops, emit, request.reads)
@@ -135,7 +125,7 @@ def lower_layer_norm(request: Request) -> KernelSource | None:
             group.give(request.anchor, lambda _: value)
             out.store(at(i), group.read(request.root, at(i)))
 
-        _each(row, lanes, one)
+        each(row, lanes, one)
 
     flops = 8 * prod(G.shape(source))
     return KernelSource("layer_norm", max(1, prod(lead)), flops, emit, request.reads)

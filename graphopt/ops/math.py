@@ -84,7 +84,18 @@ def const(value: float) -> Expr:
 
 def dtype_of(x: Expr) -> str:
     """The dtype of an expression, by TVM's name."""
-    return str(x.ty.dtype)
+    # `==` and `!=` give a deferred object, for Python's sake.
+    return str((x if hasattr(x, "ty") else x.asobject()).ty.dtype)
+
+
+def equal(a: Expr, b: Expr) -> Expr:
+    """Whether two values are the same number."""
+    return (a == b).asobject()
+
+
+def not_equal(a: Expr, b: Expr) -> Expr:
+    """Whether two values are not the same number; true for NaN."""
+    return (a != b).asobject()
 
 
 def share(value: Expr) -> Expr:

@@ -56,11 +56,26 @@ def _keeps_blocks(
     if rule is not None:
         return rule(node, layouts, wanted, block)
     if op.kind is Kind.ELEMENTWISE:
-        return any(
-            layouts[operand] == wanted and G.shape(operand) == G.shape(node)
-            for operand in tensor_operands(node)
-        )
+        operands = tensor_operands(node)
+        alike = any(layouts[x] == wanted and G.shape(x) == G.shape(node) for x in operands)
+        whole = G.shape(node)[1] % block == 0
+        return alike and (whole or all(_may_overread(x, node, layouts, wanted) for x in operands))
     return False
+
+
+def _may_overread(
+    operand: fx.Node, node: fx.Node, layouts: dict[fx.Node, str], wanted: str
+) -> bool:
+    """Whether a kernel may read the operand at the padding channels of the last block.
+
+    Blocked tensors have them, a single channel is read at 0, and constants of one pixel have zeros
+    behind them; elsewhere the read would leave the buffer.
+    """
+    rank = len(G.shape(node))
+    extents = (1,) * (rank - len(G.shape(operand))) + G.shape(operand)
+    one_pixel = all(extent == 1 for extent in extents[2:])
+    is_constant = operand.op == "get_attr" and extents[0] == 1
+    return layouts[operand] == wanted or extents[1] == 1 or (is_constant and one_pixel)
 
 
 Rule = Callable[[fx.Node, dict[fx.Node, str], str, int], bool]

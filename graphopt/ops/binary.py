@@ -1,0 +1,342 @@
+"""Elementwise operators of two operands and more: arithmetic, comparisons, logic, choice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tvm import ir, tirx
+
+from graphopt.ops.math import dtype_of, equal, is_nan, not_equal, share
+from graphopt.ops.opdef import Call, Expr, Kind, OpDef, Sample
+from graphopt.ops.power import pow as power
+from graphopt.ops.power import pow_constant
+from graphopt.ops.scalar import (
+    is_float,
+    pair_samples,
+    refuse_double,
+    to_dtype,
+    truth,
+    wide,
+)
+
+_aten = torch.ops.aten
+
+
+def _numbers(call: Call, a: Expr, b: Expr) -> tuple[Expr, Expr]:
+    """Both operands in a dtype that can be computed in: bools as bytes, halves as floats."""
+    return wide(a), wide(b)
+
+
+def _scaled(value: Expr, alpha: Any) -> Expr:
+    return value if alpha == 1 else value * tirx.const(alpha, dtype_of(value))
+
+
+def _add(call: Call, a: Expr, b: Expr) -> Expr:
+    a, b = _numbers(call, a, b)
+    return a + _scaled(b, call["alpha"])
+
+
+def _sub(call: Call, a: Expr, b: Expr) -> Expr:
+    a, b = _numbers(call, a, b)
+    return a - _scaled(b, call["alpha"])
+
+
+def _rsub(call: Call, a: Expr, b: Expr) -> Expr:
+    return _sub(call, b, a)
+
+
+def _mul(call: Call, a: Expr, b: Expr) -> Expr:
+    a, b = _numbers(call, a, b)
+    return a * b
+
+
+def _div(call: Call, a: Expr, b: Expr) -> Expr:
+    mode = call.arguments.get("rounding_mode")
+    if mode is None:
+        return wide(to_dtype(a, call.dtype)) / wide(to_dtype(b, call.dtype))
+    a, b = _numbers(call, a, b)
+    if not is_float(a):
+        return tirx.floordiv(a, b) if mode == "floor" else tirx.truncdiv(a, b)
+    # In float64 a quotient below 2²⁸ never rounds up to a whole number it is not.
+    quotient = tirx.Cast("float64", a) / tirx.Cast("float64", b)
+    return tirx.Cast("float32", (tirx.floor if mode == "floor" else tirx.trunc)(quotient))
+
+
+def _check_div(call: Call) -> str | None:
+    if call.arguments.get("rounding_mode") not in (None, "floor", "trunc"):
+        return f"rounding mode {call['rounding_mode']!r} is unknown"
+    if call.arguments.get("rounding_mode") is not None:
+        return refuse_double(call)
+    return None
+
+
+def _float_fmod(a: Expr, b: Expr) -> Expr:
+    """What is left of a / b rounded to zero; exact for quotients below 2²⁸."""
+    a, b = share(a), share(b)
+    x, y = share(tirx.Cast("float64", a)), share(tirx.Cast("float64", b))
+    left = share(tirx.trunc(x / y)) * y
+    rest = share(tirx.Cast("float32", x - left))
+    inf = tirx.const(float("inf"), "float32")
+    infinite = tirx.Select(tirx.abs(a) < inf, a, tirx.const(float("nan"), "float32"))
+    return share(tirx.Select(tirx.abs(b) == inf, infinite, rest))
+
+
+def _fmod(call: Call, a: Expr, b: Expr) -> Expr:
+    a, b = _numbers(call, a, b)
+    return _float_fmod(a, b) if is_float(a) else tirx.truncmod(a, b)
+
+
+def _remainder(call: Call, a: Expr, b: Expr) -> Expr:
+    a, b = _numbers(call, a, b)
+    if not is_float(a):
+        return tirx.floormod(a, b)
+    b = share(b)
+    rest = _float_fmod(a, b)
+    zero = tirx.const(0.0, "float32")
+    below = tirx.Select(b < zero, rest, rest + b)
+    above = tirx.Select(b < zero, rest + b, rest)
+    return tirx.Select(rest < zero, below, tirx.Select(rest > zero, above, rest))
+
+
+def _pow(call: Call, a: Expr, b: Expr) -> Expr:
+    return power(wide(to_dtype(a, call.dtype)), wide(to_dtype(b, call.dtype)))
+
+
+def _check_float_pow(call: Call) -> str | None:
+    if not call.dtype.is_floating_point:
+        return "an integer power is only compiled for a constant exponent"
+    return refuse_double(call)
+
+
+def _pow_scalar(call: Call, x: Expr) -> Expr:
+    exponent = call["exponent"]
+    x = wide(to_dtype(x, call.dtype))
+    if is_float(x):
+        return pow_constant(x, float(exponent))
+    value = tirx.const(1, dtype_of(x))
+    x = share(x)
+    for _ in range(int(exponent)):
+        value = x * value
+    return value
+
+
+def _check_pow_scalar(call: Call) -> str | None:
+    if call.dtype.is_floating_point:
+        return refuse_double(call)
+    if not 0 <= call["exponent"] <= 16:
+        return f"an integer to the {call['exponent']} is only compiled for exponents from 0 to 16"
+    return None
+
+
+def larger(a: Expr, b: Expr) -> Expr:
+    """The larger of two values of one dtype, NaN where either is."""
+    a, b = share(a), share(b)
+    # A false comparison gives b, which is then the NaN, or a is.
+    value = tirx.Select(a > b, a, b)
+    return tirx.Select(is_nan(a), a, value) if is_float(a) else value
+
+
+def smaller(a: Expr, b: Expr) -> Expr:
+    """The smaller of two values of one dtype, NaN where either is."""
+    a, b = share(a), share(b)
+    value = tirx.Select(a < b, a, b)
+    return tirx.Select(is_nan(a), a, value) if is_float(a) else value
+
+
+def _clamp_tensors(call: Call, x: Expr, *bounds: Expr) -> Expr:
+    value = wide(to_dtype(x, call.dtype))
+    rest = [wide(to_dtype(bound, call.dtype)) for bound in bounds]
+    if call.arguments.get("min") is not None:
+        value = larger(value, rest.pop(0))
+    if call.arguments.get("max") is not None:
+        value = smaller(value, rest.pop(0))
+    return value
+
+
+def _comparison(compare: Callable[[Expr, Expr], Expr], nan: bool | None) -> Callable[..., Expr]:
+    """Compute a comparison; `nan` says what a value compared with itself gives where it is NaN."""
+
+    def compute(call: Call, a: Expr, b: Expr) -> Expr:
+        a, b = _numbers(call, a, b)
+        # TVM would answer for a number that equals itself; this is how people ask for NaN.
+        if nan is not None and is_float(a) and ir.structural_equal(a, b):
+            missing = is_nan(a)
+            return missing if nan else equal(tirx.Cast("int8", missing), tirx.const(0, "int8"))
+        return compare(a, b)
+
+    return compute
+
+
+def _logic(combine: Callable[[Expr, Expr], Expr]) -> Callable[..., Expr]:
+    def compute(call: Call, a: Expr, b: Expr) -> Expr:
+        return not_equal(combine(truth(a), truth(b)), tirx.const(0, "int8"))
+
+    return compute
+
+
+def _bitwise(combine: Callable[[Expr, Expr], Expr]) -> Callable[..., Expr]:
+    def compute(call: Call, a: Expr, b: Expr) -> Expr:
+        if call.dtype == torch.bool:
+            return not_equal(combine(truth(a), truth(b)), tirx.const(0, "int8"))
+        return combine(a, b)
+
+    return compute
+
+
+def _where(call: Call, condition: Expr, a: Expr, b: Expr) -> Expr:
+    a, b = to_dtype(a, call.dtype), to_dtype(b, call.dtype)
+    if dtype_of(condition) != "bool":
+        condition = not_equal(condition, tirx.const(0, dtype_of(condition)))
+    if call.dtype == torch.bool:
+        return not_equal(tirx.Select(condition, truth(a), truth(b)), tirx.const(0, "int8"))
+    return tirx.Select(condition, a, b)
+
+
+def _prelu(call: Call, x: Expr, weight: Expr) -> Expr:
+    x, weight = share(wide(x)), wide(weight)
+    return tirx.Select(x > tirx.const(0, dtype_of(x)), x, x * weight)
+
+
+def _binary(
+    name: str,
+    targets: tuple[Any, ...],
+    compute: Callable[..., Expr],
+    *,
+    check: Callable[[Call], str | None] | None = None,
+    operands: tuple[str, ...] = ("self", "other"),
+    samples: tuple[Sample, ...] | None = None,
+    promote: bool = True,
+) -> OpDef:
+    if samples is None:
+        samples = pair_samples()
+    return OpDef(
+        name,
+        targets,
+        Kind.ELEMENTWISE,
+        compute,
+        operands=operands,
+        promote=promote,
+        check=check,
+        samples=samples,
+    )
+
+
+def _compare(name: str, compare: Callable[[Expr, Expr], Expr], nan: bool | None = None) -> OpDef:
+    packet = getattr(_aten, name)
+    return _binary(name, (packet.Tensor, packet.Scalar), _comparison(compare, nan))
+
+
+def _overloads(name: str) -> tuple[Any, ...]:
+    packet = getattr(_aten, name)
+    return (packet.Tensor, packet.Scalar)
+
+
+def _pairs(**kwargs: Any) -> tuple[Sample, ...]:
+    return pair_samples(**kwargs)
+
+
+def _triple(g: torch.Generator) -> tuple[Any, ...]:
+    a = torch.randn(3, 1, 5, generator=g)
+    return a > 0, torch.randn(4, 1, generator=g), torch.randn(5, generator=g)
+
+
+def _powers(g: torch.Generator) -> tuple[Any, ...]:
+    return torch.rand(3, 1, 5, generator=g) * 4, torch.randn(4, 1, generator=g) * 3
+
+
+def _bools(g: torch.Generator) -> tuple[Any, ...]:
+    return torch.randn(3, 1, 5, generator=g) > 0, torch.randn(4, 1, generator=g) > 0
+
+
+def _bytes(g: torch.Generator) -> tuple[Any, ...]:
+    return (
+        torch.randint(-100, 100, (37,), generator=g, dtype=torch.int32),
+        torch.randint(-100, 100, (37,), generator=g, dtype=torch.int32),
+    )
+
+
+_BITS = (Sample(_bools), Sample(_bytes))
+
+BINARY: tuple[OpDef, ...] = (
+    _binary("add", _overloads("add"), _add, samples=_pairs(kwargs={"alpha": 2})),
+    _binary("sub", _overloads("sub"), _sub, samples=_pairs()),
+    _binary("rsub", _overloads("rsub"), _rsub, samples=_pairs()),
+    _binary("mul", _overloads("mul"), _mul),
+    _binary(
+        "div",
+        (*_overloads("div"), _aten.div.Tensor_mode, _aten.div.Scalar_mode),
+        _div,
+        check=_check_div,
+        samples=_pairs(nonzero=True),
+    ),
+    _binary("fmod", _overloads("fmod"), _fmod, check=refuse_double, samples=_pairs(nonzero=True)),
+    _binary(
+        "remainder",
+        _overloads("remainder"),
+        _remainder,
+        check=refuse_double,
+        samples=_pairs(nonzero=True),
+    ),
+    _binary(
+        "pow",
+        (_aten.pow.Tensor_Tensor, _aten.pow.Scalar),
+        _pow,
+        operands=("self", "exponent"),
+        check=_check_float_pow,
+        samples=(Sample(_powers),),
+    ),
+    _binary(
+        "pow_scalar",
+        (_aten.pow.Tensor_Scalar,),
+        _pow_scalar,
+        operands=("self",),
+        check=_check_pow_scalar,
+        samples=tuple(
+            Sample(lambda g, e=e: (torch.rand(37, generator=g) * 4, e))  # type: ignore[misc]
+            for e in (0, 1, 2, 3, -2, 0.5, -0.5, 1.5, 0.3, 11)
+        ),
+    ),
+    _binary("maximum", (_aten.maximum.default,), lambda call, a, b: larger(wide(a), wide(b))),
+    _binary("minimum", (_aten.minimum.default,), lambda call, a, b: smaller(wide(a), wide(b))),
+    _binary(
+        "clamp_tensor",
+        (_aten.clamp.Tensor, _aten.clamp_min.Tensor, _aten.clamp_max.Tensor),
+        _clamp_tensors,
+        operands=("self", "min", "max"),
+        samples=(Sample(lambda g: tuple(torch.randn(37, generator=g) for _ in range(3))),),
+    ),
+    _compare("eq", lambda a, b: equal(a, b), False),
+    _compare("ne", lambda a, b: not_equal(a, b), True),
+    _compare("lt", lambda a, b: a < b),
+    _compare("le", lambda a, b: a <= b),
+    _compare("gt", lambda a, b: a > b),
+    _compare("ge", lambda a, b: a >= b),
+    _binary("logical_and", (_aten.logical_and.default,), _logic(lambda a, b: a & b)),
+    _binary("logical_or", (_aten.logical_or.default,), _logic(lambda a, b: a | b)),
+    _binary("logical_xor", (_aten.logical_xor.default,), _logic(lambda a, b: a ^ b)),
+    _binary(
+        "bitwise_and", _overloads("bitwise_and"), _bitwise(lambda a, b: a & b), samples=_BITS
+    ),
+    _binary("bitwise_or", _overloads("bitwise_or"), _bitwise(lambda a, b: a | b), samples=_BITS),
+    _binary(
+        "bitwise_xor", _overloads("bitwise_xor"), _bitwise(lambda a, b: a ^ b), samples=_BITS
+    ),
+    _binary(
+        "where",
+        (_aten.where.self, _aten.where.ScalarOther, _aten.where.ScalarSelf, _aten.where.Scalar),
+        _where,
+        operands=("condition", "self", "other"),
+        promote=False,
+        samples=(Sample(_triple),),
+    ),
+    _binary(
+        "prelu", (_aten._prelu_kernel.default,), _prelu, operands=("self", "weight"),
+        samples=(
+            Sample(
+                lambda g: (torch.randn(2, 3, 5, generator=g), torch.rand(1, 3, 1, generator=g))
+            ),
+        ),
+    ),
+)  # fmt: skip
