@@ -55,6 +55,8 @@ static int spin_until(graphopt_pool *pool, int (*ready)(graphopt_pool *)) {
             relax();
             if (ready(pool)) return 1;
         }
+        /* Whoever we wait for may be waiting for this very core. */
+        sched_yield();
         const uint64_t now = graphopt_now();
         if (!deadline) deadline = now + pool->spin;
         if (now > deadline) return 0;
