@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tvm import ir, tirx
+from tvm import tirx
+from tvm_ffi import structural_equal
 
 from graphopt.ops.math import dtype_of, equal, is_nan, not_equal, share
 from graphopt.ops.opdef import Call, Expr, Kind, OpDef, Sample
@@ -161,7 +162,7 @@ def _comparison(compare: Callable[[Expr, Expr], Expr], nan: bool | None) -> Call
     def compute(call: Call, a: Expr, b: Expr) -> Expr:
         a, b = _numbers(call, a, b)
         # TVM would answer for a number that equals itself; this is how people ask for NaN.
-        if nan is not None and is_float(a) and ir.structural_equal(a, b):
+        if nan is not None and is_float(a) and structural_equal(a, b):
             missing = is_nan(a)
             return missing if nan else equal(tirx.Cast("int8", missing), tirx.const(0, "int8"))
         return compare(a, b)
