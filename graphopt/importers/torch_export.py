@@ -21,7 +21,12 @@ from graphopt.importers.torch_decompositions import decompositions
 from graphopt.importers.torch_program import check_static, copy_program
 from graphopt.importers.torch_source import error_origin
 
-_NOISY_LOGGERS = ("torch.export", "torch._dynamo", "torch.fx.experimental.symbolic_shapes")
+_NOISY_LOGGERS = (
+    "torch.export",
+    "torch._dynamo",
+    "torch._subclasses.fake_tensor",
+    "torch.fx.experimental.symbolic_shapes",
+)
 
 
 def import_module(module: nn.Module, inputs: ExampleInputs) -> fx.GraphModule:
@@ -39,7 +44,9 @@ def import_module(module: nn.Module, inputs: ExampleInputs) -> fx.GraphModule:
             hint="call model.eval() first",
         )
     args, kwargs = bind(module, inputs)
-    return _import(_trace(module, args, kwargs))
+    gm = _import(_trace(module, args, kwargs))
+    _check_runs(gm, module, args, kwargs)
+    return gm
 
 
 def import_program(
@@ -140,6 +147,18 @@ def _import(program: ExportedProgram) -> fx.GraphModule:
     return copy_program(decomposed)
 
 
+def _check_runs(
+    gm: fx.GraphModule, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Run the graph once: tracing sees shapes only and lets pass, for one, mixed dtypes."""
+    leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+    try:
+        with torch.no_grad():
+            gm(*(leaf for leaf in leaves if isinstance(leaf, torch.Tensor)))
+    except Exception as error:
+        raise _explain(module, args, kwargs, error) from error
+
+
 def _explain(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception
 ) -> GraphoptError:
@@ -233,7 +252,7 @@ def _quiet() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)

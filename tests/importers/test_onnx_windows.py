@@ -165,6 +165,20 @@ def test_resize_by_scales(mode, opset, scale):
 
 
 @pytest.mark.parametrize("mode", ["nearest", "linear"])
+def test_resize_by_scales_that_do_not_divide(mode):
+    x = floats(1, 1, 4, 5)
+    model = one_node(
+        "Resize",
+        {"x": x},
+        {"scales": np.array([1, 1, 0.6, 1.7], np.float32)},
+        order=["x", "", "scales"],
+        mode=mode,
+        coordinate_transformation_mode="align_corners",
+    )
+    assert_same(model, {"x": x}, 2e-5)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "linear"])
 def test_upsample(mode):
     x = floats(1, 2, 5, 6)
     scales = {"scales": np.array([1, 1, 2, 3], np.float32)}

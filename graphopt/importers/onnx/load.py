@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
 import onnx_graphsurgeon as gs
 from onnx.external_data_helper import load_external_data_for_model, uses_external_data
 from onnx.inliner import inline_local_functions
+from onnx_graphsurgeon.logger import G_LOGGER
 
 from graphopt.errors import ModelError
 
@@ -38,8 +41,9 @@ def load(source: Path | onnx.ModelProto) -> tuple[gs.Graph, int]:
         model = inline_local_functions(model)
     _check_wiring(model.graph, name)
     try:
-        graph = gs.import_onnx(model)
-        graph.cleanup(remove_unused_graph_inputs=False).toposort()
+        with _quiet():
+            graph = gs.import_onnx(model)
+            graph.cleanup(remove_unused_graph_inputs=False).toposort()
     except Exception as error:
         raise ModelError(
             f"{name} is not a valid ONNX graph: {_complaint(model) or error}",
@@ -184,3 +188,14 @@ def _complaint(model: onnx.ModelProto) -> str:
     except Exception as error:
         return str(error).strip().splitlines()[0] if str(error).strip() else ""
     return ""
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep onnx-graphsurgeon's warnings out of the user's terminal; we check for ourselves."""
+    before = G_LOGGER.severity
+    G_LOGGER.severity = G_LOGGER.ERROR
+    try:
+        yield
+    finally:
+        G_LOGGER.severity = before
