@@ -42,6 +42,8 @@ class Build:
             node.meta["val"] = args[0].meta["val"][args[1]]
         else:
             val = g.infer(target, args, kwargs)
+            if isinstance(val, torch.Tensor):
+                val = val.to("meta")  # arange and the like make their tensor on the CPU
             node.meta["val"] = tuple(val) if isinstance(val, list) else val
         node.meta["origin"] = (f"op{self._next()}",)
         return node
