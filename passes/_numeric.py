@@ -35,9 +35,22 @@ def sample_inputs(gm: fx.GraphModule, ctx: Context) -> tuple[tuple[torch.Tensor,
 def evaluate(gm: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Outputs:
     """Run the graph node by node in PyTorch; needs no recompilation."""
     with torch.no_grad():
-        outputs: Any = fx.Interpreter(gm).run(*inputs)
+        outputs: Any = _Contiguous(gm).run(*inputs)
     # Copies: an output may be a view of an input or of a constant.
     return tuple(output.clone() for output in outputs)
+
+
+class _Contiguous(fx.Interpreter):
+    """Runs every op on contiguous tensors.
+
+    PyTorch picks kernels, and with them the order of sums, by strides. Without this, an op after
+    a permute and one after the same permute, folded, would differ in their last bits.
+    """
+
+    def run_node(self, n: fx.Node) -> Any:
+        """The node's value, in the order of its shape."""
+        value = super().run_node(n)
+        return value.contiguous() if isinstance(value, torch.Tensor) else value
 
 
 def difference(before: Outputs, after: Outputs) -> float:
