@@ -359,6 +359,23 @@ def test_if_with_a_constant_condition(condition):
     assert_same(model, {"x": floats(2)})
 
 
+def test_branches_read_values_from_outside():
+    from onnx import helper
+
+    from tests.importers.onnx_cases import graph_model
+
+    def branch(op):
+        out = helper.make_tensor_value_info("z", 1, [2])
+        return helper.make_graph([helper.make_node(op, ["outer"], ["z"])], op, [], [out])
+
+    nodes = [
+        helper.make_node("Tanh", ["x"], ["outer"]),
+        helper.make_node("If", ["c"], ["y"], then_branch=branch("Exp"), else_branch=branch("Neg")),
+    ]
+    model = graph_model(nodes, {"x": floats(2)}, {"c": np.array(True)}, ["y"], 18)
+    assert_same(model, {"x": floats(2)})
+
+
 def test_model_local_functions_are_inlined():
     from onnx import helper
 
