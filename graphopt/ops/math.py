@@ -28,17 +28,28 @@ from graphopt.ops.opdef import Expr
 
 
 def _declare_opaque() -> Any:
-    """Declare an operation that gives its operand, and goes when intrinsics are lowered.
+    """Declare an operation that gives its operand.
 
-    The simplifier puts a bound value back in place wherever the value is pure. This one claims to
-    read memory, so it stays.
+    The simplifier puts a bound value back in place wherever the value is pure, over and over (a
+    power took minutes). This one claims to read memory, so it stays, and becomes an LLVM
+    instruction that TVM takes for impure too, though LLVM knows it for the value itself.
     """
     name = "graphopt.opaque"
     register_op_attr(name, "TCallEffectKind", tirx.CallEffectKind.ReadState.value)
     register_op_attr(name, "TVectorizable", True)
     register_op_attr(name, "TScriptPrinterName", name)
-    tirx.op.register_intrin_lowering(name, "default", f=lambda call: call.args[0], level=10)
+    tirx.op.register_intrin_lowering(name, "default", f=lambda call: call.args[0])
+    tirx.op.register_intrin_lowering(name, "llvm", f=_identity)
     return Op.get(name)
+
+
+def _identity(call: Any) -> Expr:
+    value = call.args[0]
+    dtype = dtype_of(value)
+    if dtype.startswith("float"):
+        one, zero = tirx.const(1.0, dtype), tirx.const(-0.0, dtype)
+        return tirx.call_llvm_intrin(dtype, "llvm.fmuladd", value, one, zero)
+    return tirx.call_llvm_intrin(dtype, "llvm.umax", value, tirx.const(0, dtype))
 
 
 _OPAQUE = _declare_opaque()
@@ -233,8 +244,8 @@ def log_natural(x: Expr) -> Expr:
     k = share(tirx.Cast("float32", i >> 23) - tirx.Select(tiny, const(23.0), const(0.0)))
     f = share(from_bits((i & 0x7FFFFF) + _SQRT_HALF_BITS) - const(1.0))
     t = share(f * f)
-    small = (f * t) * horner(f, _LOG) + k * const(_LN2_LOW)
-    value = ((small + t * const(-0.5)) + f) + k * const(_LN2_HIGH)
+    small = share((f * t) * horner(f, _LOG) + k * const(_LN2_LOW))
+    value = share(share((small + t * const(-0.5)) + f) + k * const(_LN2_HIGH))
     below = tirx.Select(x == const(0.0), const(-inf), const(nan))
     # NaN and inf give themselves.
     return tirx.Select(x < const(inf), tirx.Select(x > const(0.0), value, below), x)
@@ -334,8 +345,7 @@ def _sine(x: Expr, quadrants: int) -> Expr:
     n = share(shifted - const(_SHIFT))
     r = x
     for part in _HALF_PI:
-        r = r + n * const(-part)
-    r = share(r)
+        r = share(r + n * const(-part))
     q = share((bits(shifted) & 3) + quadrants)
     t = share(r * r)
     sine = (t * r) * horner(t, _SIN) + r

@@ -55,7 +55,8 @@ def _log64(x: Expr) -> Expr:
     )
     ratio = share((mantissa - _const64(1.0)) / (mantissa + _const64(1.0)))
     k = share(exponent) - _const64(2.0**52 + 1023)
-    return k * _const64(log(2)) + ratio * horner(share(ratio * ratio), _LOG)
+    rest = share(ratio * horner(share(ratio * ratio), _LOG))
+    return k * _const64(log(2)) + rest
 
 
 def pow(x: Expr, y: Expr) -> Expr:
@@ -71,7 +72,8 @@ def pow(x: Expr, y: Expr) -> Expr:
     t = share(tirx.Select(t > _const64(200.0), _const64(200.0), t))
     t = tirx.Select(t > _const64(-200.0), t, _const64(-200.0))
     # 1 to the ±inf is 0 · inf in the logarithm.
-    magnitude = tirx.Select(a == const(1.0), const(1.0), tirx.Cast("float32", _exp64(t)))
+    magnitude = share(tirx.Cast("float32", _exp64(t)))
+    magnitude = share(tirx.Select(a == const(1.0), const(1.0), magnitude))
     whole = share(tirx.floor(y))
     halved = share(y * const(0.5))
     sign = tirx.Select(
@@ -80,9 +82,9 @@ def pow(x: Expr, y: Expr) -> Expr:
     # A whole exponent keeps the sign if odd; infinities count as whole and even.
     signed = share(from_bits(bits(magnitude) ^ sign))
     rootless = tirx.Select(a < const(inf), tirx.Select(x < const(0.0), const(nan), magnitude), magnitude)
-    value = tirx.Select(whole == y, signed, rootless)
-    value = tirx.Select(is_nan(x), x, tirx.Select(is_nan(y), y, value))
-    value = tirx.Select(x == const(1.0), const(1.0), value)
+    value = share(tirx.Select(whole == y, signed, share(rootless)))
+    value = share(tirx.Select(is_nan(x), x, share(tirx.Select(is_nan(y), y, value))))
+    value = share(tirx.Select(x == const(1.0), const(1.0), value))
     return tirx.Select(y == const(0.0), const(1.0), value)
 
 
