@@ -1,4 +1,4 @@
-"""Canonical forms of convolution, normalization and pooling; part of the pass `canonicalize`."""
+"""Canonical forms of convolution, normalization, pooling and resizing, for `canonicalize`."""
 
 from __future__ import annotations
 
@@ -163,6 +163,51 @@ def _embedding(ed: Editor, _node: fx.Node, a: Arguments) -> Outcome:
     return ed.call(aten.embedding.default, a["weight"], a["indices"], -1, False, False)
 
 
+def _pixel_shuffle(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
+    x, r = a["self"], a["upscale_factor"]
+    if rank(x) != 4:
+        return Refusal("pixel_shuffle of a tensor that is not 4-D")
+    n, c, h, w = shape(x)
+    apart = ed.call(aten.reshape.default, x, [n, c // (r * r), r, r, h, w])
+    moved = ed.call(aten.permute.default, apart, [0, 1, 4, 2, 5, 3])
+    return ed.call(aten.reshape.default, moved, list(shape(node)))
+
+
+def _pixel_unshuffle(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
+    x, r = a["self"], a["downscale_factor"]
+    if rank(x) != 4:
+        return Refusal("pixel_unshuffle of a tensor that is not 4-D")
+    n, c, h, w = shape(x)
+    apart = ed.call(aten.reshape.default, x, [n, c, h // r, r, w // r, r])
+    moved = ed.call(aten.permute.default, apart, [0, 1, 3, 5, 2, 4])
+    return ed.call(aten.reshape.default, moved, list(shape(node)))
+
+
+def _channel_shuffle(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
+    x, groups = a["self"], a["groups"]
+    n, c, *rest = shape(x)
+    apart = ed.call(aten.reshape.default, x, [n, groups, c // groups, math.prod(rest)])
+    moved = ed.call(aten.permute.default, apart, [0, 2, 1, 3])
+    return ed.call(aten.reshape.default, moved, list(shape(node)))
+
+
+def _upsample(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
+    """upsample_*.default → .vec, which takes either sizes or scales."""
+    x, scales = a["self"], [a["scales_h"], a["scales_w"]]
+    size: list[int] | None = list(a["output_size"])
+    if any(scales) and not all(scales):
+        return Refusal("a scale for one of two dimensions")
+    if all(scales):
+        made = [int(n * s) for n, s in zip(shape(x)[2:], scales, strict=True)]
+        if made != size:
+            return Refusal(f"scales {scales} that do not give the size {size}")
+        size = None
+    given = scales if size is None else None
+    if node.target is aten.upsample_nearest2d.default:
+        return ed.call(aten.upsample_nearest2d.vec, x, size, given)
+    return ed.call(aten.upsample_bilinear2d.vec, x, size, a["align_corners"], given)
+
+
 HANDLERS: dict[Any, Handler] = {
     **dict.fromkeys(
         [
@@ -202,4 +247,10 @@ HANDLERS: dict[Any, Handler] = {
     aten.adaptive_avg_pool2d.default: _adaptive_avg_pool(2),
     aten._adaptive_avg_pool2d.default: _adaptive_avg_pool(2),
     aten.embedding.default: _embedding,
+    aten.pixel_shuffle.default: _pixel_shuffle,
+    aten.pixel_unshuffle.default: _pixel_unshuffle,
+    aten.channel_shuffle.default: _channel_shuffle,
+    aten.native_channel_shuffle.default: _channel_shuffle,
+    aten.upsample_nearest2d.default: _upsample,
+    aten.upsample_bilinear2d.default: _upsample,
 }
