@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import keyword
-import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +15,7 @@ import torch
 from torch import fx
 
 from graphopt.backends.codegen import compile_kernels
+from graphopt.backends.emit_c import check_name
 from graphopt.backends.lower import lower
 from graphopt.backends.target import Target, get_target
 from graphopt.backends.toolchain import CompilerName, find_toolchain
@@ -155,7 +154,7 @@ def compile(
         GraphoptError: one of its subclasses, saying what is wrong, where, and what to do.
     """
     chosen = get_target(target)
-    _check_name(name)
+    check_name(name)
     todo = resolve(passes)
     if threads is not None and threads < 1:
         raise GraphoptError(f"threads={threads} is not possible", hint="give 1 or more.")
@@ -183,11 +182,3 @@ def compile(
     report = Report(name, replace(chosen), tuple(records), program, seconds)
     return Compiled(graph, program, chosen, kernels, report, threads, cc)
 
-
-def _check_name(name: str) -> None:
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) or keyword.iskeyword(name):
-        raise GraphoptError(
-            f"{name!r} cannot be the model's name",
-            hint="it prefixes C functions and names a Python file: letters, digits and "
-            "underscores, beginning with a letter.",
-        )

@@ -38,11 +38,17 @@ class Group:
     Args:
         views: the nodes that are read from memory.
         scalars: constants of one element, which become immediates.
+        flat: every buffer has one dimension and all are read at the same place.
     """
 
     def __init__(
-        self, views: Mapping[fx.Node, View], scalars: Mapping[fx.Node, bool | int | float]
+        self,
+        views: Mapping[fx.Node, View],
+        scalars: Mapping[fx.Node, bool | int | float],
+        *,
+        flat: bool = False,
     ) -> None:
+        self._flat = flat
         self._views = dict(views)
         self._scalars = dict(scalars)
         self._given: dict[fx.Node, Reader] = {}
@@ -51,6 +57,11 @@ class Group:
     def with_views(self, change: Callable[[View], View]) -> Group:
         """The same group reading its buffers through changed views."""
         return Group({node: change(view) for node, view in self._views.items()}, self._scalars)
+
+    def flattened(self) -> Group:
+        """The same group over buffers of one dimension; only for elementwise nodes of one shape."""
+        views = {node: view.flat() for node, view in self._views.items()}
+        return Group(views, self._scalars, flat=True)
 
     def give(self, node: fx.Node, reader: Reader) -> None:
         """Let `node` be computed by the kernel itself, element by element."""
@@ -98,6 +109,8 @@ class Group:
     def _operand(self, operand: Any, index: Index) -> Expr:
         if not isinstance(operand, fx.Node):
             return operand
+        if self._flat:
+            return self.read(operand, index)
         return self.read(operand, broadcast_index(index, G.shape(operand)))
 
 

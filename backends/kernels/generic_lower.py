@@ -42,7 +42,7 @@ def lower_map(request: Request) -> KernelSource:
         scratch: Any,
     ) -> None:  # fmt: skip
         if flat:
-            group = group.with_views(View.flat)
+            group = group.flattened()
             generic.emit_flat(
                 task, target.flat(), lambda index: group.read(request.root, index), _lanes(request)
             )

@@ -1,0 +1,166 @@
+"""Convolutions of every kind against PyTorch: odd sizes, tails, groups, strides, dilations, batches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from graphopt import graph as G
+from tests.backends.harness import Builder, aten, check, origins
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> dict[str, object]:
+    """Parameters of a 1-D or 2-D convolution whose output is not empty."""
+    rank = draw(st.sampled_from([1, 2, 2]))
+    groups = draw(st.sampled_from([1, 1, 2, 3, "depthwise"]))
+    if groups == "depthwise":
+        groups = channels = out = draw(st.integers(1, 20))
+    else:
+        channels = groups * draw(st.integers(1, 13))
+        out = groups * draw(st.integers(1, 19))
+    kernel = tuple(draw(st.integers(1, 5)) for _ in range(rank))
+    dilation = [draw(st.integers(1, 2)) for _ in range(rank)]
+    padding = [draw(st.integers(0, 3)) for _ in range(rank)]
+    reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
+    size = tuple(
+        max(1, r - 2 * p) + draw(st.integers(0, 12)) for r, p in zip(reach, padding, strict=True)
+    )
+    return {
+        "shape": (draw(st.integers(1, 3)), channels, *size),
+        "channels": out,
+        "kernel": kernel,
+        "stride": [draw(st.integers(1, 3)) for _ in range(rank)],
+        "padding": padding,
+        "dilation": dilation,
+        "groups": groups,
+        "bias": draw(st.booleans()),
+    }
+
+
+@settings(max_examples=12, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@given(st.lists(convolutions(), min_size=4, max_size=4), st.integers(0, 2**31))
+def test_any_convolution(cases: list[dict[str, object]], seed: int) -> None:
+    """Four convolutions at a time, each once from plain and once from blocked input."""
+    b = Builder(seed)
+    for case in cases:
+        case = dict(case)
+        x = b.input(b.random(*case.pop("shape")))  # type: ignore[misc]
+        b.returns(b.conv(x, **case))  # type: ignore[arg-type]
+        # A pointwise convolution in front makes the input blocked, one behind the output.
+        rank = len(case["kernel"])  # type: ignore[arg-type]
+        before = b.conv(x, G.shape(x)[1], (1,) * rank)
+        middle = b.op(aten.relu.default, b.conv(before, **case))  # type: ignore[arg-type]
+        b.returns(b.conv(middle, 5, (1,) * rank))
+    check(b, tolerance=4e-6)
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "padding"),
+    [(7, 3, 1, 1), (14, 3, 1, 1), (15, 3, 2, 1), (23, 7, 2, 3), (9, 5, 1, 2), (1, 1, 1, 0)],
+)
+def test_real_layers_with_residual_and_activation(
+    size: int, kernel: int, stride: int, padding: int
+) -> None:
+    """A block as in real networks: fused into one kernel each, correct at every border."""
+    b = Builder(1)
+    x = b.input(b.random(2, 24, size, size))
+    y = b.conv(x, 40, (1, 1))
+    z = b.conv(y, 40, (kernel, kernel), stride=stride, padding=padding)
+    shortcut = b.conv(y, 40, (1, 1), stride=stride)
+    if G.shape(z) == G.shape(shortcut):
+        z = b.op(aten.add.Tensor, z, shortcut)
+    z = b.op(aten.hardswish.default, z)
+    b.returns(b.conv(z, 30, (1, 1)))
+    program = check(b)
+    assert len(program.steps) == 4, [step.ops for step in program.steps]
+    assert set(origins(program)) == {"conv_direct"}
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+def test_depthwise_uses_its_generator(kernel: int, threads: int) -> None:
+    b = Builder(2)
+    x = b.conv(b.input(b.random(2, 3, 17, 19)), 21, (1, 1))
+    for stride in (1, 2):
+        y = b.conv(x, 21, (kernel, kernel), stride=stride, padding=kernel // 2, groups=21)
+        b.returns(b.conv(b.op(aten.silu.default, y), 8, (1, 1)))
+    program = check(b, threads=threads)
+    assert origins(program).count("depthwise") == 2
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "output_padding", "dilation"),
+    [(2, 2, 0, 0, 1), (3, 2, 1, 1, 1), (4, 2, 1, 0, 1), (3, 1, 1, 0, 2), (5, 3, 2, 1, 1)],
+)
+def test_transposed(
+    kernel: int, stride: int, padding: int, output_padding: int, dilation: int, groups: int
+) -> None:
+    b = Builder(3)
+    x = b.conv(b.input(b.random(2, 6, 5, 7)), 12, (1, 1))
+    weight = b.constant(b.random(12, 10 // groups, kernel, kernel) / 5)
+    y = b.op(
+        aten.convolution.default, x, weight, b.constant(b.random(10)), [stride] * 2, [padding] * 2,
+        [dilation] * 2, True, [output_padding] * 2, groups,
+    )  # fmt: skip
+    b.returns(b.op(aten.relu.default, y), b.conv(y, 3, (1, 1)))
+    check(b)
+
+
+def test_three_dimensions() -> None:
+    b = Builder(4)
+    x = b.input(b.random(1, 3, 5, 6, 7))
+    b.returns(b.conv(x, 9, (3, 2, 3), stride=[1, 2, 1], padding=[1, 0, 1]))
+    check(b)
+
+
+def test_long_kernels_run_along_the_only_long_axis() -> None:
+    """torchcrepe's shape: a (512, 1) kernel over (L, 1)."""
+    b = Builder(5)
+    x = b.input(b.random(2, 1, 700, 1))
+    y = b.op(aten.relu.default, b.conv(x, 24, (512, 1), stride=[4, 1]))
+    b.returns(b.conv(y, 8, (1, 1)))
+    program = check(b)
+    assert origins(program) == ["conv_direct", "conv_direct"]
+
+
+@pytest.mark.parametrize("target", ["x86-64-v2", "arm"])
+def test_other_instruction_sets(target: str) -> None:
+    """The same generators for SSE4.2 (no multiply-add) and NEON."""
+    b = Builder(6)
+    x = b.input(b.random(1, 3, 13, 11))
+    y = b.op(aten.relu.default, b.conv(x, 20, (3, 3), stride=2, padding=1))
+    z = b.op(aten.add.Tensor, y, b.conv(y, 20, (3, 3), padding=1, groups=20))
+    b.returns(b.conv(z, 13, (1, 1)))
+    check(b, target=target, tolerance=4e-6)
+
+
+def test_sharing_one_kernel_between_equal_layers() -> None:
+    b = Builder(7)
+    x = b.conv(b.input(b.random(1, 8, 9, 9)), 16, (1, 1))
+    for _ in range(3):
+        x = b.op(aten.relu.default, b.conv(x, 16, (3, 3), padding=1))
+    b.returns(b.conv(x, 8, (1, 1)))
+    program = check(b)
+    assert len(program.steps) == 5
+    assert len({step.kernel.symbol for step in program.steps}) == 3
+
+
+def test_nan_in_padding_channels_stays_there() -> None:
+    """log(0) in the channels that fill up a block must not reach real ones."""
+    b = Builder(8)
+    x = b.conv(b.input(b.random(1, 3, 4, 5).abs()), 5, (1, 1), bias=False)
+    y = b.op(aten.log.default, b.op(aten.abs.default, x))
+    b.returns(b.conv(y, 6, (1, 1)), b.op(aten.mean.dim, y, [2, 3], True))
+    check(b)
+
+
+def test_zero_batch_is_refused_or_empty() -> None:
+    """A tensor without elements goes through without reading anything."""
+    b = Builder(9)
+    x = b.input(torch.zeros(0, 3, 4, 4))
+    b.returns(b.op(aten.relu.default, b.conv(x, 4, (1, 1))))
+    check(b)
