@@ -13,12 +13,10 @@ demo: $(INSTALLED) system-packages
 test: $(INSTALLED) system-packages
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-# mypy has to see the packages under the names they are installed by, so it runs elsewhere.
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	cd / && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
-		--cache-dir $(CURDIR)/.mypy_cache --strict -p graphopt
+	.ci/types
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

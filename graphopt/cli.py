@@ -1,0 +1,423 @@
+"""The `graphopt` command: compile a model, run what was built, time it, look into it.
+
+Results go to standard output (tables for people, with `--json` one JSON value for machines),
+progress and errors to standard error. Exit status: 0, 1 for an error, 2 for a wrong command line.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
+
+from graphopt.errors import ArtifactError, GraphoptError
+
+# Nothing here imports numpy, torch or tvm at the top: `graphopt targets` and `--help` stay quick.
+if TYPE_CHECKING:
+    from graphopt.runtime.load import LoadedModel
+
+_BUDGET_SECONDS = 3.0
+"""How long `bench` measures unless told how often."""
+_STAGES = {
+    "start": "loading PyTorch and TVM",
+    "import": "reading the model",
+    "passes": "rewriting the graph",
+    "lower": "choosing kernels and planning memory",
+    "codegen": "compiling the kernels",
+    "link": "linking the library",
+}
+
+
+class _Commands(TyperGroup):
+    """Turns exceptions into messages: users see no tracebacks unless they ask for them."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the chosen command."""
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            # Exit, Abort and usage errors are the command line's own; they are handled further up.
+            if ctx.params.get("debug") or type(error).__module__.startswith("typer."):
+                raise
+            if isinstance(error, GraphoptError | OSError):
+                _fail(type(error).__name__, str(error))
+            _fail(
+                "bug in graphopt",
+                f"{type(error).__name__}: {error}\n"
+                "  hint: run it again with GRAPHOPT_DEBUG=1 and report what it prints.",
+            )
+
+
+def _fail(kind: str, message: str) -> None:
+    text = Text.assemble((f"{kind}: ", "bold red"), message)
+    _stderr().print(text, soft_wrap=True)
+    raise typer.Exit(1)
+
+
+def _stderr() -> Console:
+    return Console(stderr=True, markup=False, highlight=False)
+
+
+def _stdout() -> Console:
+    console = Console(markup=False, highlight=False)
+    # In a pipe there is no width to fit into; 80 columns would cut the tables.
+    return console if console.is_terminal else Console(markup=False, highlight=False, width=220)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    name="graphopt",
+    help="Compile PyTorch and ONNX models to small self-contained libraries.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that graphopt built.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads (default: the build's).")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"graphopt {version('graphopt')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="GRAPHOPT_DEBUG", help="Show tracebacks.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Compile PyTorch and ONNX models to small self-contained libraries."""
+
+
+class _Progress:
+    """Says on standard error what is being done and how long each stage took."""
+
+    def __init__(self) -> None:
+        self._console = _stderr()
+        self._status = self._console.status("") if self._console.is_terminal else nullcontext()
+        self._stage: str | None = None
+        self._since = 0.0
+        self.seconds: dict[str, float] = {}
+
+    def __enter__(self) -> _Progress:
+        self._status.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if exception[0] is None:
+            self._finish()
+        self._status.__exit__(*exception)
+
+    def __call__(self, stage: str) -> None:
+        """A stage begins."""
+        self._finish()
+        self._stage, self._since = stage, time.perf_counter()
+        if not isinstance(self._status, nullcontext):
+            self._status.update(f"{_STAGES.get(stage, stage)} …")
+
+    def _finish(self) -> None:
+        if self._stage is None:
+            return
+        spent = self.seconds[self._stage] = time.perf_counter() - self._since
+        self._console.print(f"{_STAGES.get(self._stage, self._stage)}: {spent:.1f} s")
+        self._stage = None
+
+
+@app.command("compile")
+def compile_command(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A .onnx or .pt2 file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where to.")],
+    target: Annotated[
+        str, typer.Option(help="What to build for: see `graphopt targets`.")
+    ] = "host",
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            metavar="NAME:1x3x224x224[:dtype]",
+            help="Shape of an input; needed where the model leaves it open. Repeatable.",
+        ),
+    ] = None,
+    name: Annotated[str, typer.Option(help="Prefix of the library's symbols and files.")] = "model",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads the library uses by default (1).")
+    ] = None,
+    passes: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="Run these passes only: see `graphopt passes`."),
+    ] = None,
+    cc: Annotated[str | None, typer.Option(help="C compiler to link with.")] = None,
+    report: Annotated[bool, typer.Option(help="Print all that was done to the model.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compile a model to a folder: a library, its C header, a manifest and a Python loader."""
+    from graphopt.cli_inputs import example_inputs, parse_specs
+
+    try:
+        specs = parse_specs(inputs or [])
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--input") from error
+    with _Progress() as progress:
+        progress("start")
+        # Only now: importing torch and tvm takes seconds, and the user should see why they wait.
+        from graphopt.compile import compile as compile_model
+
+        compiled = compile_model(
+            model,
+            example_inputs(specs, model),
+            target=target,
+            passes=None if passes is None else [each for each in passes.split(",") if each],
+            threads=threads,
+            name=name,
+            cc=cc,
+            progress=progress,
+        )
+        progress("link")
+        artifact = compiled.export(output)
+    files = {file: entry["bytes"] for file, entry in artifact.manifest["files"].items()}
+    files[f"{name}.json"] = (artifact.folder / f"{name}.json").stat().st_size
+    if as_json:
+        _print_json(
+            {
+                "folder": str(artifact.folder),
+                "name": name,
+                "target": compiled.target.name,
+                "seconds": progress.seconds,
+                "files": files,
+                "report": compiled.report.as_dict(),
+            }
+        )
+        return
+    if report:
+        typer.echo(str(compiled.report))
+        return
+    memory = artifact.manifest["memory"]
+    table = _table("", "file", "bytes", right=("bytes",))
+    for file, nbytes in files.items():
+        table.add_row(str(artifact.folder / file), f"{nbytes:,}")
+    console = _stdout()
+    console.print(table)
+    console.print(
+        f"{len(artifact.manifest['steps'])} steps; weights {memory['weights']:,} bytes, "
+        f"arena {memory['arena']:,} bytes, {memory['scratch_per_thread']:,} more per thread"
+    )
+
+
+@app.command("run")
+def run_command(
+    folder: Folder,
+    inputs: Annotated[
+        list[str],
+        typer.Option(
+            "--input",
+            metavar="x.npy|x.npz",
+            help="An .npz with all inputs by name, or an .npy per input in the model's order "
+            "(or NAME=x.npy). Repeatable.",
+        ),
+    ],
+    output: Annotated[
+        Path | None, typer.Option(metavar="y.npz", help="Where to write the outputs (or y.npy).")
+    ] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Run a built model once on saved arrays, here or under an emulator."""
+    from graphopt.cli_inputs import describe, read_arrays, write_arrays
+
+    with _load(folder, threads) as model:
+        args, named = read_arrays(inputs)
+        result = model(*args, **named)
+        arrays = result if isinstance(result, tuple) else (result,)
+        names = [tensor.name for tensor in model.outputs]
+    if output is not None:
+        write_arrays(output, names, arrays)
+    rows = [describe(*each) for each in zip(names, arrays, strict=True)]
+    if as_json:
+        _print_json({"outputs": rows, "output": None if output is None else str(output)})
+        return
+    table = _table("", "output", "dtype", "shape", "min", "max", "mean", "largest at")
+    for row in rows:
+        values = [row[key] for key in ("min", "max", "mean")]
+        table.add_row(
+            row["name"],
+            row["dtype"],
+            _shape(row["shape"]),
+            *("" if value is None else f"{value:.6g}" for value in values),
+            "" if row["argmax"] is None else _shape(row["argmax"], ", "),
+        )
+    _stdout().print(table)
+
+
+@app.command("bench")
+def bench_command(
+    folder: Folder,
+    threads: Threads = None,
+    repeat: Annotated[
+        int | None, typer.Option(min=1, help="Runs to time (default: as many as fit in 3 s).")
+    ] = None,
+    warmup: Annotated[int, typer.Option(min=0, help="Runs before, not counted.")] = 3,
+    profile: Annotated[bool, typer.Option(help="Also time each kernel.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Time a built model on random inputs: minimum, median and 99th percentile."""
+    import statistics
+
+    with _load(folder, threads) as model:
+        first = model.time(1, warmup=warmup)[0]
+        runs = repeat or max(5, min(2000, math.ceil(_BUDGET_SECONDS / max(first, 1e-9))))
+        times = sorted(model.time(runs, warmup=0))
+        steps = model.profile(repeats=min(runs, 20)) if profile else []
+        is_emulated = model.manifest["target"]["arch"] != platform.machine()
+        used, name = model.threads, model.name
+    # The smallest time that at least 99 of 100 runs do not exceed.
+    p99 = times[math.ceil(0.99 * len(times)) - 1]
+    figures = {"min": times[0], "median": statistics.median(times), "p99": p99}
+    if as_json:
+        _print_json(
+            {
+                "name": name,
+                "threads": used,
+                "runs": runs,
+                "emulated": is_emulated,
+                **{f"{key}_ms": value * 1e3 for key, value in figures.items()},
+                **({"steps_ms": [[kernel, s * 1e3] for kernel, s in steps]} if profile else {}),
+            }
+        )
+        return
+    console = _stdout()
+    if is_emulated:
+        _stderr().print("under an emulator: these times say nothing about the board")
+    table = _table("", "model", "threads", "runs", *(f"{key} ms" for key in figures))
+    times_ms = (f"{value * 1e3:.3f}" for value in figures.values())
+    table.add_row(name, str(used), str(runs), *times_ms)
+    console.print(table)
+    if profile:
+        console.print(_profile_table(steps))
+
+
+def _profile_table(steps: Sequence[tuple[str, float]]) -> Table:
+    total = sum(seconds for _, seconds in steps) or 1.0
+    table = _table("", "step", "kernel", "ms", "%", right=("step", "ms", "%"))
+    for number, (kernel, seconds) in enumerate(steps):
+        table.add_row(str(number), kernel, f"{seconds * 1e3:.3f}", f"{100 * seconds / total:.1f}")
+    return table
+
+
+@app.command("targets")
+def targets_command(as_json: Json = False) -> None:
+    """List what graphopt builds for."""
+    from graphopt.backends.target import targets
+
+    rows: list[dict[str, Any]] = [
+        {
+            "name": name,
+            "arch": target.arch,
+            "isa": target.isa.name,
+            "features": list(target.features),
+            "description": target.description,
+        }
+        for name, target in targets().items()
+    ]
+    if as_json:
+        _print_json(rows)
+        return
+    table = _table("", "target", "architecture", "vectors", "description")
+    for row in rows:
+        table.add_row(row["name"], row["arch"], row["isa"], row["description"])
+    _stdout().print(table)
+
+
+@app.command("passes")
+def passes_command(as_json: Json = False) -> None:
+    """List the graph passes in the order they run in."""
+    from graphopt.passes.pipeline import default_pipeline
+
+    rows = [
+        {"name": each.name, "effect": str(each.effect), "summary": each.summary}
+        for each in default_pipeline()
+    ]
+    if as_json:
+        _print_json(rows)
+        return
+    table = _table("", "", "pass", "effect", "what it does")
+    for number, row in enumerate(rows, start=1):
+        table.add_row(str(number), row["name"], row["effect"], row["summary"])
+    _stdout().print(table)
+
+
+@app.command("inspect")
+def inspect_command(folder: Folder, as_json: Json = False) -> None:
+    """Show what a built folder holds: interface, memory, files and steps."""
+    from graphopt.runtime.loader import read_manifest
+
+    manifest = read_manifest(folder, ArtifactError)
+    if as_json:
+        _print_json(manifest)
+        return
+    target, memory = manifest["target"], manifest["memory"]
+    console = _stdout()
+    console.print(f"{manifest['name']} for {target['name']} ({target['arch']})")
+    table = _table("interface", "", "name", "dtype", "shape")
+    for kind in ("inputs", "outputs"):
+        for entry in manifest[kind]:
+            table.add_row(kind[:-1], entry["name"], entry["dtype"], _shape(entry["shape"]))
+    console.print(table)
+    table = _table("memory and files", "what", "bytes", right=("bytes",))
+    for what, nbytes in memory.items():
+        table.add_row(what.replace("_", " "), f"{nbytes:,}")
+    for file, entry in manifest["files"].items():
+        table.add_row(file, f"{entry['bytes']:,}")
+    console.print(table)
+    table = _table("steps", "", "kernel", "operators", "Mflop", "from", right=("", "Mflop"))
+    for number, step in enumerate(manifest["steps"]):
+        more = f" and {len(step['origin']) - 1} more" if len(step["origin"]) > 1 else ""
+        table.add_row(
+            str(number),
+            step["kernel"],
+            " + ".join(step["ops"]),
+            f"{step['flops'] / 1e6:.2f}",
+            f"{step['origin'][0]}{more}" if step["origin"] else "",
+        )
+    console.print(table)
+
+
+def _load(folder: Path, threads: int | None) -> LoadedModel:
+    from graphopt.runtime.load import load
+
+    return load(folder, threads)
+
+
+def _table(title: str, *columns: str, right: Sequence[str] = ()) -> Table:
+    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left")
+    return table
+
+
+def _shape(shape: Sequence[int], separator: str = "×") -> str:
+    return separator.join(map(str, shape)) or "scalar"
+
+
+def _print_json(value: object) -> None:
+    typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
