@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from graphopt.backends.target import Target, get_target, targets
-    from graphopt.compile import Compiled, compile
+    from graphopt.compiler import Compiled, compile
     from graphopt.errors import (
         ArtifactError,
         GraphoptError,
@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     )
     from graphopt.runtime.load import load
 
+# The module is not called `compile`: importing it would put it in the place of the function.
 _HOMES = {
-    "Compiled": "graphopt.compile",
-    "compile": "graphopt.compile",
+    "Compiled": "graphopt.compiler",
+    "compile": "graphopt.compiler",
     "load": "graphopt.runtime.load",
     "Target": "graphopt.backends.target",
     "get_target": "graphopt.backends.target",

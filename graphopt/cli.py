@@ -181,7 +181,7 @@ def compile_command(
     with _Progress() as progress:
         progress("start")
         # Only now: importing torch and tvm takes seconds, and the user should see why they wait.
-        from graphopt.compile import compile as compile_model
+        from graphopt.compiler import compile as compile_model
 
         compiled = compile_model(
             model,

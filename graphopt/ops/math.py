@@ -113,7 +113,9 @@ def share(value: Expr) -> Expr:
     """The value, computed once and opaque to TVM's simplifier."""
     if isinstance(value, (tirx.Var, tirx.IntImm, tirx.FloatImm)):
         return value
-    return T.bind(tirx.call_intrin(dtype_of(value), _OPAQUE, value))
+    cell = T.alloc_buffer((1,), dtype_of(value), scope="local")
+    T.buffer_store(cell, value, [0])
+    return cell[0]
 
 
 def bits(x: Expr) -> Expr:
