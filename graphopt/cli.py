@@ -6,21 +6,24 @@ progress and errors to standard error. Exit status: 0, 1 for an error, 2 for a w
 
 from __future__ import annotations
 
-import json
 import math
 import platform
-import time
-from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from typer.core import TyperGroup
 
+from graphopt.cli_output import (
+    Progress,
+    fail,
+    print_json,
+    profile_table,
+    shape_text,
+    stderr_console,
+    stdout_console,
+    table_of,
+)
 from graphopt.errors import ArtifactError, GraphoptError
 
 # Nothing here imports numpy, torch or tvm at the top: `graphopt targets` and `--help` stay quick.
@@ -29,14 +32,6 @@ if TYPE_CHECKING:
 
 _BUDGET_SECONDS = 3.0
 """How long `bench` measures unless told how often."""
-_STAGES = {
-    "start": "loading PyTorch and TVM",
-    "import": "reading the model",
-    "passes": "rewriting the graph",
-    "lower": "choosing kernels and planning memory",
-    "codegen": "compiling the kernels",
-    "link": "linking the library",
-}
 
 
 class _Commands(TyperGroup):
@@ -51,28 +46,12 @@ class _Commands(TyperGroup):
             if ctx.params.get("debug") or type(error).__module__.startswith("typer."):
                 raise
             if isinstance(error, GraphoptError | OSError):
-                _fail(type(error).__name__, str(error))
-            _fail(
+                fail(type(error).__name__, str(error))
+            fail(
                 "bug in graphopt",
                 f"{type(error).__name__}: {error}\n"
                 "  hint: run it again with GRAPHOPT_DEBUG=1 and report what it prints.",
             )
-
-
-def _fail(kind: str, message: str) -> None:
-    text = Text.assemble((f"{kind}: ", "bold red"), message)
-    _stderr().print(text, soft_wrap=True)
-    raise typer.Exit(1)
-
-
-def _stderr() -> Console:
-    return Console(stderr=True, markup=False, highlight=False)
-
-
-def _stdout() -> Console:
-    console = Console(markup=False, highlight=False)
-    # In a pipe there is no width to fit into; 80 columns would cut the tables.
-    return console if console.is_terminal else Console(markup=False, highlight=False, width=220)
 
 
 app = typer.Typer(
@@ -110,40 +89,6 @@ def _main(
     """Compile PyTorch and ONNX models to small self-contained libraries."""
 
 
-class _Progress:
-    """Says on standard error what is being done and how long each stage took."""
-
-    def __init__(self) -> None:
-        self._console = _stderr()
-        self._status = self._console.status("") if self._console.is_terminal else nullcontext()
-        self._stage: str | None = None
-        self._since = 0.0
-        self.seconds: dict[str, float] = {}
-
-    def __enter__(self) -> _Progress:
-        self._status.__enter__()
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        if exception[0] is None:
-            self._finish()
-        self._status.__exit__(*exception)
-
-    def __call__(self, stage: str) -> None:
-        """A stage begins."""
-        self._finish()
-        self._stage, self._since = stage, time.perf_counter()
-        if not isinstance(self._status, nullcontext):
-            self._status.update(f"{_STAGES.get(stage, stage)} …")
-
-    def _finish(self) -> None:
-        if self._stage is None:
-            return
-        spent = self.seconds[self._stage] = time.perf_counter() - self._since
-        self._console.print(f"{_STAGES.get(self._stage, self._stage)}: {spent:.1f} s")
-        self._stage = None
-
-
 @app.command("compile")
 def compile_command(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A .onnx or .pt2 file.")],
@@ -178,7 +123,7 @@ def compile_command(
         specs = parse_specs(inputs or [])
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--input") from error
-    with _Progress() as progress:
+    with Progress() as progress:
         progress("start")
         # Only now: importing torch and tvm takes seconds, and the user should see why they wait.
         from graphopt.compiler import compile as compile_model
@@ -198,7 +143,7 @@ def compile_command(
     files = {file: entry["bytes"] for file, entry in artifact.manifest["files"].items()}
     files[f"{name}.json"] = (artifact.folder / f"{name}.json").stat().st_size
     if as_json:
-        _print_json(
+        print_json(
             {
                 "folder": str(artifact.folder),
                 "name": name,
@@ -213,10 +158,10 @@ def compile_command(
         typer.echo(str(compiled.report))
         return
     memory = artifact.manifest["memory"]
-    table = _table("", "file", "bytes", right=("bytes",))
+    table = table_of("file", "bytes", right=("bytes",))
     for file, nbytes in files.items():
         table.add_row(str(artifact.folder / file), f"{nbytes:,}")
-    console = _stdout()
+    console = stdout_console()
     console.print(table)
     console.print(
         f"{len(artifact.manifest['steps'])} steps; weights {memory['weights']:,} bytes, "
@@ -254,19 +199,19 @@ def run_command(
         write_arrays(output, names, arrays)
     rows = [describe(*each) for each in zip(names, arrays, strict=True)]
     if as_json:
-        _print_json({"outputs": rows, "output": None if output is None else str(output)})
+        print_json({"outputs": rows, "output": None if output is None else str(output)})
         return
-    table = _table("", "output", "dtype", "shape", "min", "max", "mean", "largest at")
+    table = table_of("output", "dtype", "shape", "min", "max", "mean", "largest at")
     for row in rows:
         values = [row[key] for key in ("min", "max", "mean")]
         table.add_row(
             row["name"],
             row["dtype"],
-            _shape(row["shape"]),
+            shape_text(row["shape"]),
             *("" if value is None else f"{value:.6g}" for value in values),
-            "" if row["argmax"] is None else _shape(row["argmax"], ", "),
+            "" if row["argmax"] is None else shape_text(row["argmax"], ", "),
         )
-    _stdout().print(table)
+    stdout_console().print(table)
 
 
 @app.command("bench")
@@ -294,7 +239,7 @@ def bench_command(
     p99 = times[math.ceil(0.99 * len(times)) - 1]
     figures = {"min": times[0], "median": statistics.median(times), "p99": p99}
     if as_json:
-        _print_json(
+        print_json(
             {
                 "name": name,
                 "threads": used,
@@ -305,23 +250,15 @@ def bench_command(
             }
         )
         return
-    console = _stdout()
+    console = stdout_console()
     if is_emulated:
-        _stderr().print("under an emulator: these times say nothing about the board")
-    table = _table("", "model", "threads", "runs", *(f"{key} ms" for key in figures))
+        stderr_console().print("under an emulator: these times say nothing about the board")
+    table = table_of("model", "threads", "runs", *(f"{key} ms" for key in figures))
     times_ms = (f"{value * 1e3:.3f}" for value in figures.values())
     table.add_row(name, str(used), str(runs), *times_ms)
     console.print(table)
     if profile:
-        console.print(_profile_table(steps))
-
-
-def _profile_table(steps: Sequence[tuple[str, float]]) -> Table:
-    total = sum(seconds for _, seconds in steps) or 1.0
-    table = _table("", "step", "kernel", "ms", "%", right=("step", "ms", "%"))
-    for number, (kernel, seconds) in enumerate(steps):
-        table.add_row(str(number), kernel, f"{seconds * 1e3:.3f}", f"{100 * seconds / total:.1f}")
-    return table
+        console.print(profile_table(steps))
 
 
 @app.command("targets")
@@ -340,12 +277,12 @@ def targets_command(as_json: Json = False) -> None:
         for name, target in targets().items()
     ]
     if as_json:
-        _print_json(rows)
+        print_json(rows)
         return
-    table = _table("", "target", "architecture", "vectors", "description")
+    table = table_of("target", "architecture", "vectors", "description")
     for row in rows:
         table.add_row(row["name"], row["arch"], row["isa"], row["description"])
-    _stdout().print(table)
+    stdout_console().print(table)
 
 
 @app.command("passes")
@@ -358,12 +295,12 @@ def passes_command(as_json: Json = False) -> None:
         for each in default_pipeline()
     ]
     if as_json:
-        _print_json(rows)
+        print_json(rows)
         return
-    table = _table("", "", "pass", "effect", "what it does")
+    table = table_of("", "pass", "effect", "what it does")
     for number, row in enumerate(rows, start=1):
         table.add_row(str(number), row["name"], row["effect"], row["summary"])
-    _stdout().print(table)
+    stdout_console().print(table)
 
 
 @app.command("inspect")
@@ -373,23 +310,23 @@ def inspect_command(folder: Folder, as_json: Json = False) -> None:
 
     manifest = read_manifest(folder, ArtifactError)
     if as_json:
-        _print_json(manifest)
+        print_json(manifest)
         return
     target, memory = manifest["target"], manifest["memory"]
-    console = _stdout()
+    console = stdout_console()
     console.print(f"{manifest['name']} for {target['name']} ({target['arch']})")
-    table = _table("interface", "", "name", "dtype", "shape")
+    table = table_of("", "name", "dtype", "shape", title="interface")
     for kind in ("inputs", "outputs"):
         for entry in manifest[kind]:
-            table.add_row(kind[:-1], entry["name"], entry["dtype"], _shape(entry["shape"]))
+            table.add_row(kind[:-1], entry["name"], entry["dtype"], shape_text(entry["shape"]))
     console.print(table)
-    table = _table("memory and files", "what", "bytes", right=("bytes",))
+    table = table_of("what", "bytes", title="memory and files", right=("bytes",))
     for what, nbytes in memory.items():
         table.add_row(what.replace("_", " "), f"{nbytes:,}")
     for file, entry in manifest["files"].items():
         table.add_row(file, f"{entry['bytes']:,}")
     console.print(table)
-    table = _table("steps", "", "kernel", "operators", "Mflop", "from", right=("", "Mflop"))
+    table = table_of("", "kernel", "operators", "Mflop", "from", title="steps", right=("", "Mflop"))
     for number, step in enumerate(manifest["steps"]):
         more = f" and {len(step['origin']) - 1} more" if len(step["origin"]) > 1 else ""
         table.add_row(
@@ -406,18 +343,3 @@ def _load(folder: Path, threads: int | None) -> LoadedModel:
     from graphopt.runtime.load import load
 
     return load(folder, threads)
-
-
-def _table(title: str, *columns: str, right: Sequence[str] = ()) -> Table:
-    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
-    for column in columns:
-        table.add_column(column, justify="right" if column in right else "left")
-    return table
-
-
-def _shape(shape: Sequence[int], separator: str = "×") -> str:
-    return separator.join(map(str, shape)) or "scalar"
-
-
-def _print_json(value: object) -> None:
-    typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
