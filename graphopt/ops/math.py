@@ -2,15 +2,16 @@
 
 Every function takes and gives scalar float32 expressions and must be called while the kernel is
 being built, inside the (vectorized) loop that uses its result: values used twice are bound by a
-statement there, which keeps the trees small. Each states its largest error in units in the last place (ulp) as `tests/ops/test_math.py` measures it,
-with and without fused multiply-add. The polynomials are minimax fits of our own: running
-`tests/ops/minimax.py` prints them. Range reduction follows Cody and Waite, "Software Manual for
-the Elementary Functions" (1980).
+statement there, which keeps the trees small. Each states its largest error in units in the last
+place (ulp) as `tests/ops/test_math.py` measures it, with and without fused multiply-add. The
+polynomials are minimax fits of our own. Range reduction follows Cody and Waite, "Software Manual
+for the Elementary Functions" (1980).
 
 Three habits of TVM shape the code. Its simplifier cancels float terms as if they were reals, so
-every rounding that must happen is bound by `share`; it negates comparisons as if there were no NaN,
-so NaN is told by bits or kept in the branch a false comparison selects; and signed overflow and
-the conversion of NaN to an integer are undefined, so bits are only added where they cannot wrap.
+every rounding that must happen is bound by `share`; it negates comparisons as if there were no
+NaN, so NaN is told by bits or kept in the branch a false comparison selects; and signed overflow
+and the conversion of NaN to an integer are undefined, so bits are only added where they cannot
+wrap.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from tvm.ir import Op, register_op_attr
 from tvm.tirx.script.builder import ir as T
 
 from graphopt.ops.opdef import Expr
-
 
 
 def _declare_opaque() -> Any:
@@ -106,16 +106,17 @@ def equal(a: Expr, b: Expr) -> Expr:
 
 def not_equal(a: Expr, b: Expr) -> Expr:
     """Whether two values are not the same number; true for NaN."""
-    return (a != b).asobject()
+    if not dtype_of(a).startswith("float"):
+        return (a != b).asobject()
+    # TVM compiles != to a comparison that is false for NaN.
+    return equal(tirx.Cast("int8", equal(a, b)), tirx.const(0, "int8"))
 
 
 def share(value: Expr) -> Expr:
     """The value, computed once and opaque to TVM's simplifier."""
     if isinstance(value, (tirx.Var, tirx.IntImm, tirx.FloatImm)):
         return value
-    cell = T.alloc_buffer((1,), dtype_of(value), scope="local")
-    T.buffer_store(cell, value, [0])
-    return cell[0]
+    return T.bind(tirx.call_intrin(dtype_of(value), _OPAQUE, value))
 
 
 def bits(x: Expr) -> Expr:
@@ -272,14 +273,14 @@ def tanh(x: Expr) -> Expr:
 
 
 def sigmoid(x: Expr) -> Expr:
-    """1 / (1 + e to the -x), max 2.0 ulp; results below 2⁻¹²⁶ become 0."""
+    """1 / (1 + e to the -x), max 2.2 ulp; results below 2⁻¹²⁶ become 0."""
     x = share(x)
     e = share(exp_nonpositive(const(0.0) - tirx.abs(x)))
     return tirx.Select(x < const(0.0), e, const(1.0)) / (e + const(1.0))
 
 
 def silu(x: Expr) -> Expr:
-    """x · sigmoid(x), max 2.5 ulp; NaN at -inf, as PyTorch."""
+    """x · sigmoid(x), max 3.2 ulp; NaN at -inf, as PyTorch."""
     x = share(x)
     return x * sigmoid(x)
 

@@ -44,45 +44,44 @@ class Function:
 
 def _prim_func(name: str, function: Function) -> Any:
     big = 1 << 28
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_name(name)
-            T.func_attr({"global_symbol": name, "tirx.noalias": True})
-            dtypes = [*function.inputs, function.output]
-            pointers = [
-                T.arg(f"p{i}", T.handle(_STORED.get(d, d))) for i, d in enumerate(dtypes)
-            ]
-            count = T.arg("count", T.int32())
-            buffers = [
-                T.decl_buffer((big,), _STORED.get(d, d), data=p)
-                for d, p in zip(dtypes, pointers, strict=True)
-            ]
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name(name)
+        T.func_attr({"global_symbol": name, "tirx.noalias": True})
+        dtypes = [*function.inputs, function.output]
+        pointers = [T.arg(f"p{i}", T.handle(_STORED.get(d, d))) for i, d in enumerate(dtypes)]
+        count = T.arg("count", T.int32())
+        buffers = [
+            T.decl_buffer((big,), _STORED.get(d, d), data=p)
+            for d, p in zip(dtypes, pointers, strict=True)
+        ]
 
-            def place(operand: int, flat: Any) -> Any:
-                strides = function.strides[operand] if function.strides else None
-                if strides is None:
-                    return flat
-                assert function.shape is not None
-                total: Any = 0
-                for extent, stride in zip(function.shape[::-1], strides[::-1], strict=True):
-                    total = total + flat % extent * stride
-                    flat = flat // extent
-                return total
+        def place(operand: int, flat: Any) -> Any:
+            strides = function.strides[operand] if function.strides else None
+            if strides is None:
+                return flat
+            assert function.shape is not None
+            total: Any = 0
+            for extent, stride in zip(function.shape[::-1], strides[::-1], strict=True):
+                total = total + flat % extent * stride
+                flat = flat // extent
+            return total
 
-            def element(flat: Any) -> None:
-                values = []
-                for i, dtype in enumerate(function.inputs):
-                    value = buffers[i][place(i, flat)]
-                    values.append(not_equal(value, tirx.const(0, "uint8")) if dtype == "bool" else value)
-                result = function.compute(*values)
-                if function.output == "bool":
-                    result = tirx.Cast("uint8", result)
-                T.buffer_store(buffers[-1], result, [flat])
+        def element(flat: Any) -> None:
+            values = []
+            for i, dtype in enumerate(function.inputs):
+                value = buffers[i][place(i, flat)]
+                values.append(
+                    not_equal(value, tirx.const(0, "uint8")) if dtype == "bool" else value
+                )
+            result = function.compute(*values)
+            if function.output == "bool":
+                result = tirx.Cast("uint8", result)
+            T.buffer_store(buffers[-1], result, [flat])
 
-            with T.serial(0, count // LANES) as block, T.vectorized(0, LANES) as lane:
-                element(block * LANES + lane)
-            with T.serial(0, count % LANES) as rest:
-                element(count // LANES * LANES + rest)
+        with T.serial(0, count // LANES) as block, T.vectorized(0, LANES) as lane:
+            element(block * LANES + lane)
+        with T.serial(0, count % LANES) as rest:
+            element(count // LANES * LANES + rest)
     return builder.get()
 
 
