@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,14 @@ def _work(
         connection.send(seconds)
 
 
+def _answer(label: str, process: SpawnProcess, pipe: Connection) -> Any:
+    try:
+        return pipe.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"{label}: its process ended with {process.exitcode}") from None
+
+
 def contest(
     contestants: Sequence[Contestant],
     inputs: Arrays,
@@ -146,19 +155,20 @@ def contest(
             there.close()
             started.append((contestant.label, process, here))
         counts = {}
-        for label, _, pipe in started:
-            problem = pipe.recv()
+        for label, process, pipe in started:
+            problem = _answer(label, process, pipe)
             if problem:
                 raise RuntimeError(f"{label}: {problem}")
-        for label, _, pipe in started:
+        for label, process, pipe in started:
             pipe.send(2)
-            counts[label] = max(1, min(200, int(seconds / rounds / min(pipe.recv()))))
+            once = min(_answer(label, process, pipe))
+            counts[label] = max(1, min(200, int(seconds / rounds / once)))
         times: dict[str, list[float]] = {label: [] for label, _, _ in started}
         for _ in range(rounds):
-            for label, _, pipe in started:
+            for label, process, pipe in started:
                 time.sleep(0.02)  # The one before lets its threads go to sleep.
                 pipe.send(counts[label])
-                times[label] += pipe.recv()
+                times[label] += _answer(label, process, pipe)
         return {label: Times(tuple(each)) for label, each in times.items()}
     finally:
         for _, process, pipe in started:
