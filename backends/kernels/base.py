@@ -16,11 +16,7 @@ from graphopt.backends.kernels.fusion import Group
 from graphopt.backends.target import Target
 from graphopt.ops import OPS
 from graphopt.ops.opdef import Call, Expr
-
-_TRANSCENDENTAL = frozenset({
-    "sigmoid", "tanh", "exp", "log", "log1p", "expm1", "erf", "gelu", "silu", "mish", "elu", "celu",
-    "selu", "softplus", "sin", "cos", "pow", "div", "sqrt", "rsqrt", "reciprocal",
-})  # fmt: skip
+from graphopt.program.layout import PLAIN
 
 
 @dataclass(frozen=True)
@@ -58,8 +54,8 @@ class Request:
     @property
     def heavy_epilogue(self) -> bool:
         """Whether the epilogue is too long to be repeated for every accumulator."""
-        names = [OPS[node.target].name for node in self.epilogue]
-        return len(names) > 6 or any(name in _TRANSCENDENTAL for name in names)
+        ops = [OPS[node.target] for node in self.epilogue]
+        return len(ops) > 6 or any(op.heavy for op in ops)
 
     def epilogue_reads(self) -> list[fx.Node]:
         """The nodes the epilogue reads from memory."""
@@ -116,8 +112,12 @@ def same_place(request: Request, taken: Sequence[fx.Node] = ()) -> list[fx.Node]
 def collapsible(request: Request, axes: Sequence[int]) -> bool:
     """Whether `axes` of the output can be walked as one.
 
-    They can if every epilogue operand has either all of them or none.
+    They can if every epilogue operand has either all of them or none, and none of them is the
+    channel axis of a tensor in blocks.
     """
+    tensors = [request.root, *request.epilogue_reads()]
+    if 1 in axes and any(request.spec(node).layout != PLAIN for node in tensors):
+        return False
     shape = G.shape(request.root)
     rank = len(shape)
     for node in request.epilogue_reads():

@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from graphopt import graph as G
-from graphopt.backends.kernels import conv_direct, depthwise
+from graphopt.backends.kernels import conv_direct, depthwise, winograd
 from graphopt.backends.kernels.base import (
     KernelSource,
     Request,
@@ -124,6 +123,43 @@ def lower_direct(request: Request) -> KernelSource | None:
                         in_place=in_place)  # fmt: skip
 
 
+def lower_winograd(request: Request) -> KernelSource | None:
+    """3×3 with fewer products, where that is estimated to pay; see `winograd`."""
+    call = request.call
+    spec = spec_of(call)
+    weight = request.constant(call["weight"])
+    if spec is None or weight is None or not winograd.supports(spec):
+        return None
+    source = call["input"]
+    layout = request.spec(source).layout
+    if layout == PLAIN or request.spec(request.root).layout != layout:
+        return None
+    isa, l2_bytes = request.target.isa, request.target.l2_bytes
+    best = winograd.plan(spec, isa, l2_bytes)
+    if winograd.cost(best, isa, l2_bytes) >= winograd.direct_cost(spec, isa, l2_bytes):
+        return None
+    packed = winograd.pack_weights(weight, best)
+
+    def emit(
+        task: Expr, views: dict[fx.Node, View], constants: list[Any], out: View, group: Group,
+        scratch: Any,
+    ) -> None:  # fmt: skip
+        x = views[source]
+        access = Accessors(
+            x=lambda n, c, h, w: x.load((n, c, h, w)),
+            store=epilogue_store(request, group, out, lambda n, c, h, w: (n, c, h, w)),
+            vector=True,
+            padded=True,
+            heavy=True,
+        )
+        winograd.emit(best, task, constants[0], scratch, access)
+
+    reads = [node for node in request.reads if node is not call["weight"]]
+    return KernelSource(best.describe(), best.tasks, spec.flops, emit, reads, (packed,),
+                        scratch=best.scratch,
+                        in_place=same_place(request, taken=[source]))  # fmt: skip
+
+
 def epilogue_store(request: Request, group: Group, out: View, index: Any) -> Any:
     """A function that adds the bias, runs the epilogue and stores one element."""
     bias = request.call["bias"]
@@ -180,11 +216,3 @@ def lower_depthwise(request: Request) -> KernelSource | None:
     return KernelSource(plan.describe(), plan.tasks, spec.flops, emit, reads, (packed,),
                         in_place=same_place(request, taken=[source]))  # fmt: skip
 
-
-def shape_flops(request: Request) -> int:
-    """Operations of a convolution by its shapes, for the generic fold."""
-    weight = G.shape(request.call["weight"])
-    total = 2
-    for extent in (*request.call.shape, *weight[1:]):
-        total *= extent
-    return total

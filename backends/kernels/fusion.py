@@ -7,29 +7,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from tvm import tirx
 
 from graphopt import graph as G
 from graphopt.backends.kernels.builder import View, flatten, unflatten
 from graphopt.ops import OPS
-from graphopt.ops.math import dtype_of
 from graphopt.ops.opdef import Call, Expr, Index, Kind, Reader, broadcast_index
-
-TIR_DTYPES = {
-    torch.float32: "float32", torch.float64: "float64", torch.float16: "float16",
-    torch.int64: "int64", torch.int32: "int32", torch.int16: "int16", torch.int8: "int8",
-    torch.uint8: "uint8", torch.bool: "bool",
-}  # fmt: skip
-
-
-def cast(value: Expr, dtype: torch.dtype) -> Expr:
-    """The value in another dtype; numbers become constants."""
-    name = TIR_DTYPES[dtype]
-    if isinstance(value, (bool, int, float)):
-        return tirx.const(value, name)
-    if name == "bool":
-        return value if dtype_of(value) == "bool" else value != tirx.const(0, dtype_of(value))
-    return value if dtype_of(value) == name else tirx.Cast(name, value)
+from graphopt.ops.scalar import to_dtype
 
 
 class Group:
@@ -53,6 +36,7 @@ class Group:
         self._scalars = dict(scalars)
         self._given: dict[fx.Node, Reader] = {}
         self._memo: dict[tuple[Any, ...], tuple[Any, Expr]] = {}
+        self._depth = 0
 
     def with_views(self, change: Callable[[View], View]) -> Group:
         """The same group reading its buffers through changed views."""
@@ -66,7 +50,6 @@ class Group:
     def give(self, node: fx.Node, reader: Reader) -> None:
         """Let `node` be computed by the kernel itself, element by element."""
         self._given[node] = reader
-        self._memo.clear()
 
     def reader(self, node: fx.Node) -> Reader:
         """A function that gives the node's element at a logical index."""
@@ -77,11 +60,22 @@ class Group:
         if not isinstance(node, fx.Node):
             return node
         if node in self._scalars:
-            return cast(self._scalars[node], G.value(node).dtype)
+            return to_dtype(self._scalars[node], G.value(node).dtype)
         if node in self._given:
             return self._given[node](index)
         if node in self._views:
             return self._views[node].load(index)
+        if self._depth == 0:
+            # What an element computed may name variables of the loop it was computed in.
+            self._memo.clear()
+        self._depth += 1
+        try:
+            return self._shared(node, index)
+        finally:
+            self._depth -= 1
+
+    def _shared(self, node: fx.Node, index: Index) -> Expr:
+        """The expression, computed once where an element uses it several times."""
         # Expressions are compared by identity: the same index object gives the same element.
         key = (node, *(place if isinstance(place, int) else id(place) for place in index))
         if key not in self._memo:
@@ -103,8 +97,8 @@ class Group:
         values = [self._operand(x, index) for x in operands]
         if op.promote:
             common = common_dtype(operands)
-            values = [cast(value, common) for value in values]
-        return cast(op.compute(call, *values), call.dtype)
+            values = [to_dtype(value, common) for value in values]
+        return to_dtype(op.compute(call, *values), call.dtype)
 
     def _operand(self, operand: Any, index: Index) -> Expr:
         if not isinstance(operand, fx.Node):

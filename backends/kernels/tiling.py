@@ -62,7 +62,7 @@ def choose_tile(blocks: int, pixels: int, isa: Isa, block: int) -> Tile:
                     (columns.size, columns.large),
                     (columns.size - 1, columns.count - columns.large),
                 ):
-                    time += nv * np_ * _step_time(width * v, p, isa)
+                    time += nv * np_ * step_time(width * v, p, isa)
             candidate = (time, -tile_pixels, -vectors)
             if best is None or candidate < best:
                 best = candidate
@@ -70,7 +70,7 @@ def choose_tile(blocks: int, pixels: int, isa: Isa, block: int) -> Tile:
     return Tile(-best[2], -best[1])
 
 
-def _step_time(vector_registers: int, pixels: int, isa: Isa) -> float:
+def step_time(vector_registers: int, pixels: int, isa: Isa) -> float:
     """Cycles one step of the reduction takes on a tile, by the tightest bound."""
     multiply_adds = vector_registers * pixels * (1 if isa.fma else 2)
     broadcasts = pixels / 4 if isa.lane_operand else pixels

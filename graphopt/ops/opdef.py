@@ -61,11 +61,26 @@ class Reduction:
 
 @dataclass(frozen=True)
 class Sample:
-    """Arguments for the contract tests: tensors become model inputs, the rest stays constant."""
+    """One call for the contract tests.
+
+    Attributes:
+        args: the positional arguments; tensors become model inputs.
+        kwargs: the keyword arguments.
+        ulp: largest error in units in the last place: of the element itself where each comes from
+            one element of the operands, of the largest element where elements are folded.
+        constants: positions of the tensors that the model holds as constants.
+    """
 
     args: Callable[[torch.Generator], tuple[Any, ...]]
     kwargs: dict[str, Any] = field(default_factory=dict)
     ulp: float = 4.0
+    constants: tuple[int, ...] = ()
+
+
+_HEAVY = frozenset({
+    "sigmoid", "tanh", "exp", "log", "log1p", "expm1", "erf", "gelu", "silu", "mish", "elu", "celu",
+    "selu", "softplus", "sin", "cos", "pow", "softmax", "log_softmax",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,6 +108,11 @@ class OpDef:
     promote: bool = True
     check: Callable[[Call], str | None] | None = None
     samples: Sequence[Sample] = ()
+
+    @property
+    def heavy(self) -> bool:
+        """Whether it evaluates a transcendental function: tens of instructions an element."""
+        return self.name in _HEAVY
 
 
 class Call:

@@ -17,8 +17,10 @@ from graphopt.program.layout import same_bytes
 _MAX_NODES = 48
 """Nodes in one group; keeps a kernel's expressions and its compile time bounded."""
 
+_MAX_HEAVY = 2
+"""Transcendental functions in one group: TVM's simplifier takes minutes over longer chains."""
+
 _HEADS = (Kind.ANCHOR, Kind.REDUCTION)
-_MAPS = (Kind.ELEMENTWISE, Kind.INJECTIVE)
 
 
 @dataclass
@@ -80,7 +82,9 @@ def partition(gm: fx.GraphModule, layouts: Mapping[fx.Node, str]) -> list[NodeGr
             other = group_of.get(operand)
             if other is None or other is group or not private(operand):
                 continue
-            if len(group.nodes) + len(other.nodes) > _MAX_NODES:
+            together = [*group.nodes, *other.nodes]
+            heavy = sum(OPS[member.target].heavy for member in together)
+            if len(together) > _MAX_NODES or heavy > _MAX_HEAVY:
                 continue
             if other.root is operand and _may_join(node, kind, group, other, operand, layouts):
                 merge(group, other)

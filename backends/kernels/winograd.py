@@ -1,0 +1,479 @@
+"""Winograd convolution F(m×m, 3×3) for stride 1: fewer products, for a transform before and after.
+
+    Y = Aᵀ [ (G g Gᵀ) ⊙ (Bᵀ d B) ] A            (Lavin and Gray, "Fast Algorithms for Convolutional
+                                                 Neural Networks", 2016)
+
+An m×m tile of outputs takes (m+2)² products per pair of channels instead of 9·m². A task works on a
+block of tiles small enough for the second-level cache: it transforms their inputs into scratch,
+multiplies by each tile of output channels (one small matrix product per transformed place), and
+transforms that back with the epilogue, so that nothing but input and output leaves the cache.
+
+The transforms are built from interpolation points (Toom–Cook; Winograd, "Arithmetic Complexity of
+Computations", 1980), in float64 for the weights. Opposite points share half their work, and 0,
+±3/4, ±3/2 gave about half the error of the usual 0, ±1, ±2 (`tests/backends/test_winograd.py`
+measures both).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from graphopt.backends.isa.base import Isa
+from graphopt.backends.kernels.builder import f32, loop, unflatten
+from graphopt.backends.kernels.conv_direct import Accessors, ConvSpec
+from graphopt.backends.kernels.tiling import Split, split, step_time
+from graphopt.ops.opdef import Expr
+
+KERNEL = 3
+_POINTS = {
+    2: (0, 1, -1),
+    4: (0, Fraction(3, 4), Fraction(-3, 4), Fraction(3, 2), Fraction(-3, 2)),
+}
+_FAR_BYTES = 6.0
+_NEAR_BYTES = 20.0
+"""Bytes per cycle one core reads from beyond its second-level cache, and from it."""
+_DIRECT_EFFICIENCY = 0.88
+_CHANNELS_AT_ONCE = 32
+"""Output channels multiplied before going back to the first place: inputs are read less often."""
+_MOST_TILES = 48
+
+Matrix = tuple[tuple[Fraction, ...], ...]
+
+
+@cache
+def transforms(m: int) -> tuple[Matrix, Matrix, Matrix]:
+    """The matrices Aᵀ (m × a), G (a × 3) and Bᵀ (a × a) with a = m + 2, as exact fractions.
+
+    Evaluation at the finite points and at infinity, and the interpolation back; the transposition
+    principle turns the product of polynomials into the correlation that a convolution layer is.
+    """
+    points = [Fraction(p) for p in _POINTS[m]]
+    size = m + KERNEL - 1
+    scales = [_product(p - q for q in points if q != p) for p in points]
+
+    def powers(count: int) -> list[list[Fraction]]:
+        finite = [[p**k for k in range(count)] for p in points]
+        return [*finite, [Fraction(int(k == count - 1)) for k in range(count)]]
+
+    a_t = tuple(zip(*powers(m), strict=True))
+    g = [
+        tuple(value / scale for value in row)
+        for row, scale in zip(powers(KERNEL), [*scales, Fraction(1)], strict=True)
+    ]
+    rows: list[tuple[Fraction, ...]] = []
+    for i in range(size - 1):
+        others = _polynomial([q for k, q in enumerate(points) if k != i])
+        rows.append((*others, *[Fraction(0)] * (size - len(others))))
+    rows.append(tuple(_polynomial(points)))
+    return a_t, tuple(g), tuple(rows)
+
+
+def _product(values: Any) -> Fraction:
+    result = Fraction(1)
+    for value in values:
+        result *= value
+    return result
+
+
+def _polynomial(roots: list[Fraction]) -> list[Fraction]:
+    """Coefficients, constant first, of the monic polynomial with these roots."""
+    result = [Fraction(1)]
+    for root in roots:
+        shifted = [Fraction(0), *result]
+        scaled = [*(-root * c for c in result), Fraction(0)]
+        result = [a + b for a, b in zip(shifted, scaled, strict=True)]
+    return result
+
+
+@dataclass(frozen=True)
+class WinogradPlan:
+    """The choices for one convolution.
+
+    Attributes:
+        spec: the convolution.
+        m: outputs per tile side.
+        block: channels per block.
+        grid: rows and columns of tiles in one image.
+        cut: the tiles of all images, cut into blocks for the tasks.
+        vectors: channel blocks in one register tile.
+        pixels: tiles in one register tile.
+        at_once: register tiles of channels multiplied together.
+        groups: groups of output channels that are tasks of their own.
+    """
+
+    spec: ConvSpec
+    m: int
+    block: int
+    grid: tuple[int, int]
+    cut: Split
+    vectors: int
+    pixels: int
+    at_once: int
+    groups: int
+
+    @property
+    def places(self) -> int:
+        """Transformed places of a tile."""
+        return (self.m + KERNEL - 1) ** 2
+
+    @property
+    def in_blocks(self) -> int:
+        """Blocks of input channels."""
+        return -(-self.spec.icg // self.block)
+
+    @property
+    def width(self) -> int:
+        """Output channels of a register tile."""
+        return self.vectors * self.block
+
+    @property
+    def out_tiles(self) -> int:
+        """Register tiles of output channels."""
+        return -(-self.spec.ocg // self.width)
+
+    @property
+    def tasks(self) -> int:
+        """Tasks in all."""
+        return self.cut.count * self.groups
+
+    @property
+    def scratch(self) -> int:
+        """Bytes of scratch: the transformed inputs and the products of `at_once` tiles."""
+        channels = self.in_blocks * self.block + self.at_once * self.width
+        return self.places * self.cut.size * channels * 4
+
+    def describe(self) -> str:
+        """For the report."""
+        return f"winograd F({self.m}×{self.m},3×3) {self.width}×{self.pixels}"
+
+
+def supports(spec: ConvSpec) -> bool:
+    """3×3, stride 1, not dilated, in one group."""
+    return (
+        spec.kernel == (KERNEL, KERNEL)
+        and spec.stride == (1, 1)
+        and spec.dilation == (1, 1)
+        and spec.groups == 1
+    )
+
+
+def plan(spec: ConvSpec, isa: Isa, l2_bytes: int) -> WinogradPlan:
+    """The plan with the least estimated time that leaves threads an even share."""
+
+    def weigh(conv: WinogradPlan) -> float:
+        shares = [-(-conv.tasks // n) * n / conv.tasks for n in (1, 2, 4)]
+        return cost(conv, isa, l2_bytes) * sum(shares) / len(shares)
+
+    return min(_candidates(spec, isa), key=weigh)
+
+
+def _candidates(spec: ConvSpec, isa: Isa) -> Iterator[WinogradPlan]:
+    block = isa.block
+    blocks = -(-spec.ocg // block)
+    vectors, pixels = _register_tile(blocks, isa)
+    out_tiles = blocks // vectors
+    most = max(1, _CHANNELS_AT_ONCE // (vectors * block))
+    for m in _POINTS:
+        grid = (-(-spec.out_size[0] // m), -(-spec.out_size[1] // m))
+        tiles = spec.batch * grid[0] * grid[1]
+        cuts = {split(tiles, min(tiles, size)) for size in range(pixels, _MOST_TILES + 1, pixels)}
+        for groups in range(1, out_tiles + 1):
+            per_group = out_tiles // groups
+            if out_tiles % groups or (groups > 1 and per_group * vectors * block < 64):
+                continue
+            at_once = max(k for k in range(1, most + 1) if per_group % k == 0)
+            for cut in sorted(cuts, key=lambda c: c.size):
+                yield WinogradPlan(spec, m, block, grid, cut, vectors, pixels, at_once, groups)
+
+
+def _register_tile(blocks: int, isa: Isa) -> tuple[int, int]:
+    """Vectors and pixels of the fastest register tile whose vectors divide the blocks."""
+    width = max(1, isa.block * 4 // isa.vector_bytes)
+    best: tuple[float, int, int] | None = None
+    for vectors in range(1, min(4, blocks) + 1):
+        if blocks % vectors:
+            continue
+        for pixels in range(1, 17):
+            if width * vectors * (pixels + 1) + (1 if isa.fma else 2) > isa.registers:
+                break
+            time = step_time(width * vectors, pixels, isa) / (vectors * pixels)
+            if best is None or time < best[0]:
+                best = (time, vectors, pixels)
+    assert best is not None
+    return best[1], best[2]
+
+
+def cost(conv: WinogradPlan, isa: Isa, l2_bytes: int) -> float:
+    """Estimated cycles of one core: products or their data's way, and both transforms."""
+    spec = conv.spec
+    lanes = isa.lanes()
+    width = max(1, conv.block // lanes)
+    pieces = split(conv.cut.size, conv.pixels)
+    steps = pieces.large * step_time(width * conv.vectors, pieces.size, isa)
+    if pieces.count > pieces.large:
+        small = step_time(width * conv.vectors, pieces.size - 1, isa)
+        steps += (pieces.count - pieces.large) * small
+    products = conv.cut.count * conv.places * spec.icg * conv.out_tiles * steps
+
+    channels = conv.out_tiles * conv.width
+    weights = conv.places * spec.icg * channels * 4
+    inputs = conv.places * conv.cut.size * conv.in_blocks * conv.block * 4
+    passes = conv.out_tiles // conv.at_once
+    traffic = weights * conv.cut.count / (_FAR_BYTES if weights > l2_bytes // 2 else _NEAR_BYTES)
+    traffic += inputs * passes * conv.cut.count / (
+        _FAR_BYTES if conv.scratch > l2_bytes else _NEAR_BYTES
+    )
+    side = conv.m + KERNEL - 1
+    tiles = conv.cut.count * conv.cut.size
+    # Loads, stores and a few additions per element and pass, about two a cycle.
+    into = tiles * conv.in_blocks * width * side * side * 3.0 * conv.groups
+    back = tiles * channels / lanes * side * side * 2.5
+    return max(products, traffic) + into + back
+
+
+def direct_cost(spec: ConvSpec, isa: Isa, l2_bytes: int) -> float:
+    """Estimated cycles of direct convolution; weights larger than the cache stream once a row."""
+    block = isa.block
+    channels = -(-spec.ocg // block) * block
+    depth = spec.icg * spec.kernel[0] * spec.kernel[1]
+    pixels = spec.batch * spec.out_size[0] * spec.out_size[1]
+    products = pixels * depth * channels / (2 * isa.lanes() * _DIRECT_EFFICIENCY)
+    tile_bytes = depth * 2 * block * 4
+    passes = 1 if tile_bytes <= l2_bytes // 2 else spec.out_size[0]
+    return max(products, depth * channels * 4 * passes / _FAR_BYTES)
+
+
+def pack_weights(weight: npt.NDArray[Any], conv: WinogradPlan) -> npt.NDArray[np.float32]:
+    """Transform `(oc, ic, 3, 3)` weights and pack them as (channel tile, place, ic, channel)."""
+    _, g, _ = transforms(conv.m)
+    matrix = np.array([[float(v) for v in row] for row in g])
+    spectrum = np.einsum("ai,ocij,bj->aboc", matrix, weight.astype(np.float64), matrix)
+    places = spectrum.reshape(conv.places, *spectrum.shape[2:])
+    width = conv.width
+    padded = np.zeros((conv.places, conv.out_tiles * width, weight.shape[1]))
+    padded[:, : weight.shape[0]] = places
+    tiled = padded.reshape(conv.places, conv.out_tiles, width, -1).transpose(1, 0, 3, 2)
+    return np.ascontiguousarray(tiled, np.float32).ravel()
+
+
+def emit(conv: WinogradPlan, task: Expr, weights: Any, scratch: Any, access: Accessors) -> None:
+    """Emit one task; `weights` is the flat TIR buffer of the packed weights."""
+    size, block = conv.cut.size, conv.block
+    inputs = T.decl_buffer((conv.places, conv.in_blocks, size, block), "float32", data=scratch)
+    products = T.decl_buffer(
+        (conv.at_once, conv.places, size, conv.width), "float32", data=scratch,
+        elem_offset=conv.places * conv.in_blocks * size * block,
+    )  # fmt: skip
+    part, group = unflatten(task, [conv.cut.count, conv.groups])
+    first = part * size
+    count = tirx.min(size, conv.cut.total - first)
+    extents = [conv.spec.batch, *conv.grid]
+    with loop(conv.in_blocks) as cb, T.serial(0, count) as t:
+        n, row, column = unflatten(first + t, extents)
+        _transform_input(conv, inputs, n, row * conv.m, column * conv.m, cb, t, access)
+    passes = conv.out_tiles // conv.groups // conv.at_once
+    with loop(passes) as k:
+        first_tile = (group * passes + k) * conv.at_once
+        with loop(conv.places) as place, loop(conv.at_once) as j:
+            _multiply(conv, inputs, products, weights, first_tile, j, place)
+        with loop(conv.at_once) as j, T.serial(0, count) as t, loop(conv.vectors) as v:
+            n, row, column = unflatten(first + t, extents)
+            channel = ((first_tile + j) * conv.vectors + v) * block
+            _transform_output(
+                conv, products, n, row * conv.m, column * conv.m, channel, j, t, v, access
+            )
+
+
+def _transform_input(
+    conv: WinogradPlan, inputs: Any, n: Expr, row: Expr, column: Expr, cb: Expr, t: Expr,
+    access: Accessors,
+) -> None:  # fmt: skip
+    """Bᵀ d B of one block of channels of one tile, into scratch."""
+    spec, block = conv.spec, conv.block
+    side = conv.m + KERNEL - 1
+    top, left = row - spec.padding[0], column - spec.padding[1]
+    tile = T.alloc_buffer((side * side * block,), "float32", scope="local")
+
+    def load(inside_only: bool) -> None:
+        for i in range(side):
+            for j in range(side):
+                with T.vectorized(0, block) as lane:
+                    ih, iw = top + i, left + j
+                    if inside_only:
+                        value = access.x(n, cb * block + lane, ih, iw)
+                    else:
+                        inside = tirx.all(
+                            ih >= 0, ih < spec.in_size[0], iw >= 0, iw < spec.in_size[1]
+                        )
+                        near_h = tirx.max(0, tirx.min(ih, spec.in_size[0] - 1))
+                        near_w = tirx.max(0, tirx.min(iw, spec.in_size[1] - 1))
+                        value = tirx.Select(
+                            inside, access.x(n, cb * block + lane, near_h, near_w), f32(0.0)
+                        )
+                    T.buffer_store(tile, value, [(i * side + j) * block + lane])
+
+    inside = tirx.all(
+        top >= 0, left >= 0, top + side <= spec.in_size[0], left + side <= spec.in_size[1]
+    )
+    with T.If(inside):
+        with T.Then():
+            load(True)
+        with T.Else():
+            load(False)
+    _, _, b_t = transforms(conv.m)
+
+    def put(i: int, j: int, lane: Expr, value: Expr) -> None:
+        T.buffer_store(inputs, value, [i * side + j, cb, t, lane])
+
+    _two_sided(b_t, tile, side, block, put)
+
+
+def _two_sided(matrix: Matrix, tile: Any, side: int, block: int, put: Any) -> None:
+    """`matrix · tile · matrixᵀ`: down the columns into a second tile, then along its rows."""
+    rows = len(matrix)
+    half = T.alloc_buffer((rows * side * block,), "float32", scope="local")
+
+    def put_half(i: int, j: int, lane: Expr, value: Expr) -> None:
+        T.buffer_store(half, value, [(i * side + j) * block + lane])
+
+    for j in range(side):
+        _one_sided(matrix, block, lambda k, lane, j=j: tile[(k * side + j) * block + lane],
+                   lambda i, lane, value, j=j: put_half(i, j, lane, value))  # fmt: skip
+    for i in range(rows):
+        _one_sided(matrix, block, lambda k, lane, i=i: half[(i * side + k) * block + lane],
+                   lambda j, lane, value, i=i: put(i, j, lane, value))  # fmt: skip
+
+
+def _one_sided(matrix: Matrix, block: int, item: Any, put: Any) -> None:
+    """`matrix · vector`; rows of opposite points are the sum and difference of two halves."""
+    done: set[int] = set()
+    for i, row in enumerate(matrix):
+        if i in done:
+            continue
+        twin = next((k for k in range(i + 1, len(matrix)) if _opposite(row, matrix[k])), None)
+        if twin is None:
+            with T.vectorized(0, block) as lane:
+                put(i, lane, _combine(row, lambda k, lane=lane: item(k, lane)))
+            continue
+        done.add(twin)
+        halves = T.alloc_buffer((2 * block,), "float32", scope="local")
+        for half, same in enumerate((True, False)):
+            part = tuple(
+                a if (a == b) is same else Fraction(0) for a, b in zip(row, matrix[twin],
+                                                                       strict=True)
+            )  # fmt: skip
+            with T.vectorized(0, block) as lane:
+                value = _combine(part, lambda k, lane=lane: item(k, lane))
+                T.buffer_store(halves, value, [half * block + lane])
+        with T.vectorized(0, block) as lane:
+            put(i, lane, halves[lane] + halves[block + lane])
+        with T.vectorized(0, block) as lane:
+            put(twin, lane, halves[lane] - halves[block + lane])
+
+
+def _opposite(a: tuple[Fraction, ...], b: tuple[Fraction, ...]) -> bool:
+    """Whether the rows differ only in signs, with something equal and something opposite."""
+    same = [x == y for x, y in zip(a, b, strict=True) if x or y]
+    return all(abs(x) == abs(y) for x, y in zip(a, b, strict=True)) and any(same) and not all(same)
+
+
+def _combine(coefficients: tuple[Fraction, ...], item: Any) -> Expr:
+    """Σ coefficient · item, without the products by 0, 1 and −1."""
+    total: Expr | None = None
+    # Positive ones first, so that a sum never begins with a negation where it can be avoided.
+    order = sorted(range(len(coefficients)), key=lambda k: coefficients[k] < 0)
+    for k in order:
+        c = coefficients[k]
+        if c == 0:
+            continue
+        term = item(k) if abs(c) == 1 else item(k) * f32(float(abs(c)))
+        if total is None:
+            total = term if c > 0 else f32(0.0) - term
+        else:
+            total = total + term if c > 0 else total - term
+    return f32(0.0) if total is None else total
+
+
+def _multiply(
+    conv: WinogradPlan, inputs: Any, products: Any, weights: Any, first_tile: Expr, j: Expr,
+    place: Expr,
+) -> None:  # fmt: skip
+    """The products of all tiles of the block with one tile of channels, at one place."""
+    spec, block, vectors = conv.spec, conv.block, conv.vectors
+    width = conv.width
+    origin = ((first_tile + j) * conv.places + place) * (spec.icg * width)
+    cut = split(conv.cut.size, conv.pixels)
+    pieces = [(cut.size, 0, cut.large), (cut.size - 1, cut.large * cut.size, cut.count - cut.large)]
+    for pixels, start, count in pieces:
+        if count == 0:
+            continue
+        with loop(count) as i:
+            first = start + i * pixels
+            acc = T.alloc_buffer((pixels * width,), "float32", scope="local")
+            for slot in range(pixels * vectors):
+                with T.vectorized(0, block) as lane:
+                    T.buffer_store(acc, f32(0.0), [slot * block + lane])
+
+            def step(cb: Expr, ci: Expr, acc: Any = acc, pixels: int = pixels,
+                     first: Expr = first) -> None:  # fmt: skip
+                base = origin + (cb * block + ci) * width
+                for p in range(pixels):
+                    x = inputs[place, cb, first + p, ci]
+                    for v in range(vectors):
+                        with T.vectorized(0, block) as lane:
+                            slot = (p * vectors + v) * block + lane
+                            w = weights[base + v * block + lane]
+                            T.buffer_store(acc, acc[slot] + x * w, [slot])
+
+            full, rest = divmod(spec.icg, block)
+            if full:
+                with loop(full) as cb, loop(block // 4) as outer:
+                    for ci in range(4):
+                        step(cb, outer * 4 + ci)
+            for ci in range(rest):
+                step(tirx.const(full, "int32"), tirx.const(ci, "int32"))
+            for p in range(pixels):
+                for v in range(vectors):
+                    with T.vectorized(0, block) as lane:
+                        T.buffer_store(
+                            products, acc[(p * vectors + v) * block + lane],
+                            [j, place, first + p, v * block + lane],
+                        )  # fmt: skip
+
+
+def _transform_output(
+    conv: WinogradPlan, products: Any, n: Expr, row: Expr, column: Expr, channel: Expr, j: Expr,
+    t: Expr, v: Expr, access: Accessors,
+) -> None:  # fmt: skip
+    """Aᵀ (…) A of one block of channels of one tile, the epilogue and the stores."""
+    spec, m, block = conv.spec, conv.m, conv.block
+    side = m + KERNEL - 1
+    a_t, _, _ = transforms(m)
+    tile = T.alloc_buffer((side * side * block,), "float32", scope="local")
+    out = T.alloc_buffer((m * m * block,), "float32", scope="local")
+    for place in range(side * side):
+        with T.vectorized(0, block) as lane:
+            T.buffer_store(tile, products[j, place, t, v * block + lane], [place * block + lane])
+
+    def put(i: int, j: int, lane: Expr, value: Expr) -> None:
+        T.buffer_store(out, value, [(i * m + j) * block + lane])
+
+    _two_sided(a_t, tile, side, block, put)
+    rows: Expr = m
+    columns: Expr = m
+    if spec.out_size[0] % m:
+        rows = tirx.min(m, spec.out_size[0] - row)
+    if spec.out_size[1] % m:
+        columns = tirx.min(m, spec.out_size[1] - column)
+    with loop(rows) as y, loop(columns) as x, T.vectorized(0, block) as lane:
+        value = out[(y * m + x) * block + lane]
+        access.store(n, channel + lane, row + y, column + x, value)

@@ -1,0 +1,106 @@
+"""Winograd convolution: exact transforms, small errors, every size of image and channel count."""
+
+from __future__ import annotations
+
+import dataclasses
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from graphopt.backends.kernels import winograd
+from graphopt.backends.kernels.conv_direct import ConvSpec
+from graphopt.backends.target import get_target
+from tests.backends.harness import Builder, aten, check, origins
+
+
+@pytest.mark.parametrize("m", [2, 4])
+def test_transforms_are_exact_over_the_rationals(m: int) -> None:
+    """Aᵀ (G g ⊙ Bᵀ d) is the correlation, for every unit vector, without rounding."""
+    a_t, g, b_t = winograd.transforms(m)
+    for i in range(3):
+        for j in range(m + 2):
+            weight = [row[i] for row in g]
+            data = [row[j] for row in b_t]
+            result = [
+                sum((a * w * d for a, w, d in zip(row, weight, data, strict=True)), Fraction(0))
+                for row in a_t
+            ]
+            assert result == [Fraction(int(j == k + i)) for k in range(m)]
+
+
+def _error(points: tuple[object, ...], monkeypatch: pytest.MonkeyPatch) -> float:
+    """Root mean square error of F(4×4,3×3) in float32 on normal data."""
+    monkeypatch.setitem(winograd._POINTS, 4, points)
+    winograd.transforms.cache_clear()
+    a, g, b = (np.array([[float(v) for v in row] for row in m]) for m in winograd.transforms(4))
+    winograd.transforms.cache_clear()
+    rng = np.random.default_rng(0)
+    d, k = rng.standard_normal((500, 6, 6)), rng.standard_normal((500, 3, 3))
+    exact = sum(
+        k[:, i : i + 1, j : j + 1] * d[:, i : i + 4, j : j + 4] for i in range(3) for j in range(3)
+    )
+    spectrum = np.float32(np.einsum("ai,nij,bj->nab", g, k, g))
+    left, right = np.float32(b), np.float32(a)
+    inputs = np.einsum("naj,bj->nab", np.einsum("ai,nij->naj", left, np.float32(d)), left)
+    out = np.einsum("naj,bj->nab", np.einsum("ai,nij->naj", right, spectrum * inputs), right)
+    return float(np.sqrt(((out - exact) ** 2).mean()))
+
+
+def test_the_points_are_better_than_the_usual_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = _error(winograd._POINTS[4], monkeypatch)
+    usual = _error((0, 1, -1, 2, -2), monkeypatch)
+    assert ours < 0.65 * usual
+
+
+@settings(max_examples=5, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(1, 2), st.integers(1, 33), st.integers(1, 40), st.integers(1, 23),
+            st.integers(1, 23), st.integers(0, 2), st.integers(0, 2), st.sampled_from([2, 4]),
+        ).filter(lambda c: c[3] + 2 * c[5] >= 3 and c[4] + 2 * c[6] >= 3),
+        min_size=2, max_size=2,
+    )
+)  # fmt: skip
+def test_any_size(cases: list[tuple[int, ...]]) -> None:
+    """Odd images, ragged channels, paddings, batches; Winograd forced whatever it costs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(winograd, "direct_cost", lambda *_: float("inf"))
+        for batch, channels, out, height, width, pad_h, pad_w, m in cases:
+            patch.setattr(winograd, "_POINTS", {m: winograd._POINTS[m]})
+            b = Builder(height)
+            x = b.conv(b.input(b.random(batch, 3, height, width)), channels, (1, 1))
+            y = b.conv(x, out, (3, 3), padding=[pad_h, pad_w])
+            b.returns(b.conv(b.op(aten.silu.default, y), 4, (1, 1)))
+            # Sums of transformed terms cancel: some ten roundings more than a direct sum.
+            program = check(b, tolerance=2e-5)
+            assert origins(program)[1] == "winograd"
+            patch.undo()
+            patch.setattr(winograd, "direct_cost", lambda *_: float("inf"))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("target", ["host", "arm"])
+def test_chosen_where_it_pays(target: str, threads: int) -> None:
+    b = Builder(1)
+    x = b.conv(b.input(b.random(1, 3, 30, 30)), 64, (1, 1))
+    y = b.op(aten.relu.default, b.conv(x, 64, (3, 3), padding=1))
+    z = b.op(aten.add.Tensor, b.conv(y, 64, (3, 3), padding=1), x)
+    strided = b.conv(z, 16, (3, 3), stride=2, padding=1)
+    b.returns(strided)
+    program = check(b, tolerance=1e-5, target=target, threads=threads)
+    assert origins(program) == ["conv_direct", "winograd", "winograd", "conv_direct"]
+
+
+def test_not_chosen_where_weights_would_only_stream() -> None:
+    """512 channels at 7×7: F(4×4) quadruples nine megabytes of weights for four tiles."""
+    spec = ConvSpec(1, 1, 512, 512, (7, 7), (7, 7), (3, 3), padding=(1, 1))
+    target = get_target("x86-64-v3")
+    plan = winograd.plan(spec, target.isa, target.l2_bytes)
+    assert plan.m == 2
+    stem = dataclasses.replace(spec, icg=8, ocg=8)
+    tiny = winograd.plan(stem, target.isa, target.l2_bytes)
+    assert winograd.cost(tiny, target.isa, target.l2_bytes) > 0
