@@ -8,16 +8,14 @@ from typing import Any
 
 from torch import fx
 
-from graphopt.graph import constant, shape, value
+from graphopt.graph import shape, value
+from graphopt.passes._formula import close, number, read_outside
 from graphopt.passes._nodes import aten, bind, calls, is_float, only_user, same_type
 from graphopt.passes.base import APPROX, Context, NoteBook, Pass, PassResult
 from graphopt.passes.rewrite import Editor, Refusal, Rule, apply_rules
 
 _CLAMPS = (aten.relu.default, aten.hardtanh.default, aten.clamp.default)
 _PRODUCTS = (aten.mul.Tensor, aten.div.Tensor)
-
-# Constants are written with few digits, or computed in float32.
-_CLOSE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -30,10 +28,10 @@ class FuseActivation(Pass):
         clamp(x + 3, 0, 6) / 6            →  hardsigmoid(x)
         clamp(x / 6 + 0.5, 0, 1)          →  hardsigmoid(x)
         x · clamp(x + 3, 0, 6) / 6        →  hardswish(x)
-        x · 0.5 · (1 + erf(x / √2))       →  gelu(x)
         clamp(relu(x), max=6)             →  hardtanh(x, 0, 6)
 
-    in any order of the factors. Refused where an intermediate value is read elsewhere.
+    in any order of the factors. Refused where an intermediate value is read elsewhere. GELU is
+    recognized by `fuse_gelu`.
     """
 
     name = "fuse_activation"
@@ -64,12 +62,7 @@ class Found:
 
 
 def _unshared(_gm: fx.GraphModule, found: Found) -> Refusal | None:
-    inside = {found.root, *found.inner}
-    for node in found.inner:
-        others = [user.name for user in node.users if user not in inside]
-        if others:
-            return Refusal(f"its intermediate value {node.name} is also read by {others[0]}")
-    return None
+    return read_outside(found.root, found.inner)
 
 
 def _fused(ed: Editor, found: Found) -> fx.Node:
@@ -84,7 +77,7 @@ def _activation(gm: fx.GraphModule, root: fx.Node) -> Found | None:
         return None
     coefficient, factors, products = product
     found: Found | None = None
-    if len(factors) == 1 and _close(coefficient, 1 / 6):
+    if len(factors) == 1 and close(coefficient, 1 / 6):
         found = _relu6_of_shifted(gm, factors[0], aten.hardsigmoid.default, root)
     elif len(factors) == 2:
         for x, other in (factors, factors[::-1]):
@@ -102,13 +95,11 @@ def _gated(
         (aten.sigmoid.default, aten.silu.default),
         (aten.hardsigmoid.default, aten.hardswish.default),
     ):
-        if calls(gate, gate_op) and gate.args[0] is x and _close(coefficient, 1):
+        if calls(gate, gate_op) and gate.args[0] is x and close(coefficient, 1):
             return Found(op, x, root, (gate,))
-    if _close(coefficient, 1 / 6):
+    if close(coefficient, 1 / 6):
         found = _relu6_of_shifted(gm, gate, aten.hardswish.default, root)
         return found if found is not None and found.x is x else None
-    if _close(coefficient, 0.5):
-        return _erf_gate(gm, x, gate, root)
     return None
 
 
@@ -121,20 +112,6 @@ def _relu6_of_shifted(gm: fx.GraphModule, node: fx.Node, op: Any, root: fx.Node)
     return None if x is None else Found(op, x, root, (node, shifted))  # type: ignore[arg-type]
 
 
-def _erf_gate(gm: fx.GraphModule, x: fx.Node, gate: fx.Node, root: fx.Node) -> Found | None:
-    """1 + erf(x / √2)."""
-    erf = _plus(gm, gate, 1.0)
-    if erf is None or not calls(erf, aten.erf.default):
-        return None
-    scaled = erf.args[0]
-    if not isinstance(scaled, fx.Node) or not calls(scaled, *_PRODUCTS):
-        return None
-    product = _factors(gm, scaled)
-    if product is None or product[1] != [x] or not _close(product[0], math.sqrt(0.5)):
-        return None
-    return Found(aten.gelu.default, x, root, (gate, erf, scaled, *product[2]))
-
-
 def _clamped_line(gm: fx.GraphModule, root: fx.Node) -> Found | None:
     """clamp(x / 6 + 0.5, 0, 1)."""
     if not is_float(root) or _bounds(root) != (0.0, 1.0):
@@ -144,7 +121,7 @@ def _clamped_line(gm: fx.GraphModule, root: fx.Node) -> Found | None:
     product = _factors(gm, scaled) if calls(scaled, *_PRODUCTS) else None
     if scaled is None or product is None or len(product[1]) != 1:
         return None
-    if not _close(product[0], 1 / 6):
+    if not close(product[0], 1 / 6):
         return None
     inner = (line, scaled, *product[2])
     return Found(aten.hardsigmoid.default, product[1][0], root, inner)  # type: ignore[arg-type]
@@ -160,9 +137,9 @@ def _factors(
     todo: list[object] = [root]
     while todo:
         at = todo.pop()
-        number = _number(gm, at)
-        if number is not None:
-            coefficient *= number
+        given = number(gm, at)
+        if given is not None:
+            coefficient *= given
         elif not isinstance(at, fx.Node):
             return None
         elif calls(at, *_PRODUCTS) and (at is root or only_user(at) is not None):
@@ -170,10 +147,10 @@ def _factors(
             if at is not root:
                 products.append(at)
             if calls(at, aten.div.Tensor):
-                number = _number(gm, right)
-                if not number:
+                given = number(gm, right)
+                if not given:
                     return None
-                coefficient /= number
+                coefficient /= given
                 todo.append(left)
             else:
                 todo.extend((left, right))
@@ -184,27 +161,16 @@ def _factors(
     return coefficient, factors, products
 
 
-def _plus(gm: fx.GraphModule, node: object, number: float) -> fx.Node | None:
-    """`x` where the node is x + number."""
+def _plus(gm: fx.GraphModule, node: object, wanted: float) -> fx.Node | None:
+    """`x` where the node is x + wanted."""
     if not isinstance(node, fx.Node) or not calls(node, aten.add.Tensor) or node.kwargs:
         return None
     left, right = node.args[:2]
     for x, term in ((left, right), (right, left)):
-        given = _number(gm, term)
-        if given is not None and _close(given, number) and isinstance(x, fx.Node):
+        given = number(gm, term)
+        if given is not None and close(given, wanted) and isinstance(x, fx.Node):
             return x if shape(x) == shape(node) else None
     return None
-
-
-def _number(gm: fx.GraphModule, operand: object) -> float | None:
-    if isinstance(operand, int | float):
-        return float(operand)
-    tensor = constant(gm, operand)
-    return float(tensor) if tensor is not None and tensor.numel() == 1 else None
-
-
-def _close(a: float, b: float) -> bool:
-    return math.isclose(a, b, rel_tol=_CLOSE)
 
 
 def _bounds(node: fx.Node) -> tuple[float, float] | None:

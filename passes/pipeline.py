@@ -15,6 +15,9 @@ from graphopt.passes.fold_batch_norm import FoldBatchNorm
 from graphopt.passes.fold_constants import FoldConstants
 from graphopt.passes.fold_pad import FoldPad
 from graphopt.passes.fuse_activation import FuseActivation
+from graphopt.passes.fuse_attention import FuseAttention
+from graphopt.passes.fuse_gelu import FuseGelu
+from graphopt.passes.fuse_layer_norm import FuseLayerNorm
 from graphopt.passes.simplify import Simplify
 
 
@@ -25,8 +28,11 @@ def default_pipeline() -> list[Pass]:
         FoldConstants(),
         Simplify(),
         EliminateCommonSubexpressions(),
-        # Before constants move into weights: the activations are recognized by their constants.
+        # Before constants move into weights: these are recognized by their constants.
+        FuseGelu(),
         FuseActivation(),
+        FuseLayerNorm(),
+        FuseAttention(),
         FoldPad(),
         FoldBatchNorm(),
         FoldAffine(),

@@ -28,6 +28,8 @@ KEPT: tuple[Any, ...] = (
     aten.matmul.default,
     aten.batch_norm.default,
     aten.layer_norm.default,
+    aten.group_norm.default,
+    aten.instance_norm.default,
     aten.scaled_dot_product_attention.default,
     aten.softmax.int,
     aten.gelu.default,

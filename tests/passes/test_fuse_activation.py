@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable
 
 import pytest
@@ -25,11 +24,6 @@ def source(b: Build) -> fx.Node:
 
 def six(b: Build, x: fx.Node) -> fx.Node:
     return b.call(aten.clamp.default, b.call(add, x, 3), 0, 6)
-
-
-def gate(b: Build, x: fx.Node) -> fx.Node:
-    inner = b.call(aten.erf.default, b.call(div, x, b.const(math.sqrt(2))))
-    return b.call(add, inner, 1.0)
 
 
 def line(b: Build, x: fx.Node) -> fx.Node:
@@ -67,9 +61,6 @@ CASES: dict[str, tuple[Callable[[Build, fx.Node], fx.Node], list[str]]] = {
         lambda b, x: b.call(mul, x, b.call(aten.clamp.default, line(b, x), 0.0, 1.0)),
         ["hardswish"],
     ),
-    "gelu": (lambda b, x: b.call(mul, b.call(mul, x, 0.5), gate(b, x)), ["gelu"]),
-    "gelu, half last": (lambda b, x: b.call(mul, b.call(mul, x, gate(b, x)), 0.5), ["gelu"]),
-    "gelu, half inside": (lambda b, x: b.call(mul, x, b.call(mul, gate(b, x), 0.5)), ["gelu"]),
     "other slope": (
         lambda b, x: b.call(aten.clamp.default, b.call(add, b.call(mul, x, 0.2), 0.5), 0.0, 1.0),
         ["mul", "add", "clamp"],
