@@ -31,6 +31,7 @@ from graphopt.backends.isa.base import Isa
 from graphopt.backends.kernels.builder import f32, loop, unflatten
 from graphopt.backends.kernels.conv_direct import Accessors, ConvSpec
 from graphopt.backends.kernels.tiling import Split, split, step_time
+from graphopt.ops.math import share
 from graphopt.ops.opdef import Expr
 
 KERNEL = 3
@@ -316,9 +317,10 @@ def _transform_input(
                         )
                         near_h = tirx.max(0, tirx.min(ih, spec.in_size[0] - 1))
                         near_w = tirx.max(0, tirx.min(iw, spec.in_size[1] - 1))
-                        value = tirx.Select(
-                            inside, access.x(n, cb * block + lane, near_h, near_w), f32(0.0)
-                        )
+                        # Inside the select TVM would know `inside` and drop the clamping, but
+                        # the load happens either way.
+                        near = share(access.x(n, cb * block + lane, near_h, near_w))
+                        value = tirx.Select(inside, near, f32(0.0))
                     T.buffer_store(tile, value, [(i * side + j) * block + lane])
 
     inside = tirx.all(
