@@ -31,7 +31,12 @@ _MEANT = 1e-2
 
 @dataclass(frozen=True)
 class Found:
-    """GELU of `x`, its root node and the nodes between; `exact` if the constants are right."""
+    """GELU of `x` and its root node.
+
+    Attributes:
+        inner: the erf or tanh, and what is computed from it.
+        exact: the constants are right.
+    """
 
     x: fx.Node
     gate: fx.Node
@@ -52,7 +57,8 @@ class FuseGelu(Pass):
         ½ · x · (1 + tanh(√(2/π) · (x + 0.044715 · x³)))   →   gelu(x, approximate="tanh")
 
     however the sums and products are ordered and the constants are multiplied out. Refused where
-    a value in between is read elsewhere, and where the constants are near GELU's but not its own.
+    erf or tanh would have to stay for other readers, and where the constants are near GELU's but
+    not its own.
     """
 
     name = "fuse_gelu"
@@ -96,7 +102,19 @@ def _gelu_of(
     if whole is None or not same(whole.terms, _WHOLE, _MEANT):
         return None
     exact = same(argument.terms, wanted) and same(whole.terms, _WHOLE)
-    return Found(x, gate, root, (*whole.inner, gate, *argument.inner), exact)
+    return Found(x, gate, root, _computed_from(gate, whole.inner), exact)
+
+
+def _computed_from(gate: fx.Node, nodes: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
+    """The gate and those of the nodes that depend on it.
+
+    Others may be read elsewhere: ½x stays for its other readers, which costs next to nothing,
+    while a second erf would.
+    """
+    found = [gate]
+    for node in found:
+        found.extend(user for user in node.users if user in nodes and user not in found)
+    return tuple(found)
 
 
 def _check(_gm: fx.GraphModule, found: Found) -> Refusal | None:

@@ -44,17 +44,16 @@ class FuseLayerNorm(Pass):
     def run(self, graph: fx.GraphModule, ctx: Context) -> PassResult:
         """Apply the rules until none fits."""
         notes = NoteBook()
-        affine = (aten.add.Tensor, aten.mul.Tensor)
         rules: tuple[Rule[Any], ...] = (
             Rule("fuse layer_norm", (aten.div.Tensor, aten.mul.Tensor), _quotient, _norm, _check),
+            Rule("fuse layer_norm", (aten.add.Tensor,), _folded, _norm, _check),
             Rule(
-                "fuse layer_norm with its weight and bias folded",
-                (aten.add.Tensor,),
-                _folded,
-                _whole_norm,
-                lambda gm, match: _check(gm, match[0]),
+                "take weight or bias into layer_norm",
+                (aten.mul.Tensor, aten.add.Tensor),
+                _factor,
+                _with_factor,
+                _unread,
             ),
-            Rule("take weight or bias into layer_norm", affine, _factor, _with_factor, _unread),
         )
         apply_rules(graph, rules, notes)
         return notes.result()
@@ -78,30 +77,54 @@ class Spread:
 
 @dataclass(frozen=True)
 class Found:
-    """A written-out normalization: its root, its spread and the nodes only it may read."""
+    """A written-out normalization: its root, its parts, and the nodes only it may read."""
 
     root: fx.Node
     spread: Spread
     inner: tuple[fx.Node, ...]
+    weight: Any = None
+    bias: Any = None
+
+    @property
+    def sizes(self) -> list[int]:
+        """The normalized dimensions."""
+        return [g.shape(self.spread.x)[axis] for axis in self.spread.axes]
 
 
 def _quotient(gm: fx.GraphModule, root: fx.Node) -> Found | None:
-    """(x − mean) / spread, or times its reciprocal."""
-    left, right = root.args[:2]
-    pairs = [(left, right)] if calls(root, aten.div.Tensor) else [(left, right), (right, left)]
-    for centred, other in pairs:
-        if not calls(centred, aten.sub.Tensor) or not isinstance(other, fx.Node):
-            continue
-        of = _root if calls(root, aten.div.Tensor) else _inverse_root
-        spread = of(gm, other)
-        if spread is None or centred.args[:2] != (spread.x, spread.mean):  # type: ignore[union-attr]
-            continue
-        return Found(root, spread, (centred, spread.mean, *spread.inner))  # type: ignore[arg-type]
-    return None
+    """(x − mean) / spread, or times its reciprocal; one of the factors may be times a weight."""
+    over: list[Any] = []
+    products: list[fx.Node] = []
+    factors = root.args[:1] if calls(root, aten.div.Tensor) else root.args[:2]
+    for factor in factors:
+        if isinstance(factor, fx.Node) and calls(factor, aten.mul.Tensor):
+            products.append(factor)
+            over.extend(factor.args[:2])
+        else:
+            over.append(factor)
+    centred = next((factor for factor in over if calls(factor, aten.sub.Tensor)), None)
+    if centred is None:
+        return None
+    over.remove(centred)
+    spread: Spread | None = None
+    if calls(root, aten.div.Tensor):
+        spread = _root(gm, root.args[1])
+    for factor in over if spread is None else ():
+        spread = _inverse_root(gm, factor)
+        if spread is not None:
+            over.remove(factor)
+            break
+    if spread is None or centred.args[:2] != (spread.x, spread.mean) or len(over) > 1:
+        return None
+    inner = (*products, centred, spread.mean, *spread.inner)
+    found = Found(root, spread, inner, *over)
+    if over and not _spans(gm, found.weight, found.sizes, root):
+        return None
+    return found
 
 
-def _folded(gm: fx.GraphModule, root: fx.Node) -> tuple[Found, Any, Any] | None:
-    """x · k + (b − mean · k), with k = w / spread; gives weight and bias, too."""
+def _folded(gm: fx.GraphModule, root: fx.Node) -> Found | None:
+    """x · k + (bias − mean · k), with k = weight / spread."""
     for scaled, moved in (root.args[:2], root.args[1::-1]):
         if not (calls(scaled, aten.mul.Tensor) and calls(moved, aten.sub.Tensor)):
             continue
@@ -112,24 +135,23 @@ def _folded(gm: fx.GraphModule, root: fx.Node) -> tuple[Found, Any, Any] | None:
             if not isinstance(k, fx.Node) or not calls(k, aten.mul.Tensor):
                 continue
             for inverse, weight in (k.args[:2], k.args[1::-1]):
-                spread = _inverse_root(gm, inverse) if isinstance(inverse, fx.Node) else None
+                spread = _inverse_root(gm, inverse)
                 if spread is None or spread.x is not x:
                     continue
-                if set(product.args[:2]) != {spread.mean, k}:
+                if set(product.args[:2]) != {spread.mean, k}:  # type: ignore[union-attr]
                     continue
-                sizes = [g.shape(x)[axis] for axis in spread.axes]
-                if not (_spans(gm, weight, sizes, root) and _spans(gm, bias, sizes, root)):
-                    continue
-                inner = (scaled, moved, product, k, spread.mean, *spread.inner)
-                return Found(root, spread, inner), weight, bias  # type: ignore[arg-type]
+                inner: Any = (scaled, moved, product, k, spread.mean, *spread.inner)
+                found = Found(root, spread, inner, weight, bias)
+                if all(_spans(gm, operand, found.sizes, root) for operand in (weight, bias)):
+                    return found
     return None
 
 
-def _root(gm: fx.GraphModule, node: fx.Node) -> Spread | None:
+def _root(gm: fx.GraphModule, node: Any) -> Spread | None:
     if calls(node, aten.add.Tensor):
         # The other way to keep off zero; PyTorch's layer_norm has none such.
         for inside, eps in (node.args[:2], node.args[1::-1]):
-            spread = _root(gm, inside) if isinstance(inside, fx.Node) else None
+            spread = _root(gm, inside)
             if spread is not None and number(gm, eps) is not None:
                 return Spread(spread.x, spread.mean, spread.axes, 0.0, spread.inner, outside=True)
         return None
@@ -138,7 +160,7 @@ def _root(gm: fx.GraphModule, node: fx.Node) -> Spread | None:
     return None
 
 
-def _inverse_root(gm: fx.GraphModule, node: fx.Node) -> Spread | None:
+def _inverse_root(gm: fx.GraphModule, node: Any) -> Spread | None:
     if calls(node, aten.rsqrt.default) or _is_power(node, -0.5):
         return _variance(gm, node.args[0], (node,))
     if calls(node, aten.reciprocal.default):
@@ -147,7 +169,7 @@ def _inverse_root(gm: fx.GraphModule, node: fx.Node) -> Spread | None:
         under = node.args[1]
     else:
         return None
-    spread = _root(gm, under) if isinstance(under, fx.Node) else None
+    spread = _root(gm, under)
     if spread is None:
         return None
     inner = (node, *spread.inner)
@@ -218,16 +240,13 @@ def _check(_gm: fx.GraphModule, found: Found) -> Refusal | None:
     return read_outside(found.root, found.inner)
 
 
-def _norm(ed: Editor, found: Found, weight: Any = None, bias: Any = None) -> fx.Node:
+def _norm(ed: Editor, found: Found) -> fx.Node:
+    weight, bias = (
+        None if operand is None else _spread_out(ed, operand, found.sizes)
+        for operand in (found.weight, found.bias)
+    )
     spread = found.spread
-    sizes = [g.shape(spread.x)[axis] for axis in spread.axes]
-    return ed.call(aten.layer_norm.default, spread.x, sizes, weight, bias, spread.eps, True)
-
-
-def _whole_norm(ed: Editor, match: tuple[Found, fx.Node, fx.Node]) -> fx.Node:
-    found, weight, bias = match
-    sizes = [g.shape(found.spread.x)[axis] for axis in found.spread.axes]
-    return _norm(ed, found, _spread_out(ed, weight, sizes), _spread_out(ed, bias, sizes))
+    return ed.call(aten.layer_norm.default, spread.x, found.sizes, weight, bias, spread.eps, True)
 
 
 def _factor(gm: fx.GraphModule, root: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
