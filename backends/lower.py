@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -17,57 +15,22 @@ from graphopt import graph as G
 from graphopt.backends.kernels import GENERATORS
 from graphopt.backends.kernels.base import KernelSource, Request
 from graphopt.backends.kernels.builder import BufferSpec, build_kernel
-from graphopt.backends.kernels.fusion import TIR_DTYPES, Group
+from graphopt.backends.kernels.fusion import Group
 from graphopt.backends.kernels.generic_lower import lower_map, lower_reduction
+from graphopt.backends.supported import check_supported
 from graphopt.backends.target import Target
 from graphopt.errors import UnsupportedError
 from graphopt.ops import OPS
-from graphopt.ops.opdef import Call, Kind
+from graphopt.ops.opdef import Kind
+from graphopt.ops.scalar import TIR_NAMES
 from graphopt.program.ir import ALIGNMENT, Buffer, Kernel, Program, Role, Step
 from graphopt.program.layout import PLAIN, physical_size
 from graphopt.program.layouts import assign_layouts
-from graphopt.program.memory import Lifetime, plan_offsets, round_up
+from graphopt.program.memory import Lifetime, largest_live, lifetimes_of, plan_offsets, round_up
 from graphopt.program.partition import NodeGroup, partition, tensor_operands
 
 _SERIAL_WORK = 50_000
 """Operations below which handing work to another thread costs more than it saves."""
-
-
-def check_supported(gm: fx.GraphModule) -> None:
-    """Raise one error that lists every node graphopt has no kernel for.
-
-    Raises:
-        UnsupportedError: with the reason and the origin of each.
-    """
-    problems: list[str] = []
-    for node in gm.graph.nodes:
-        if node.op != "call_function":
-            continue
-        where = "; ".join(G.origin(node)) or node.name
-        op = OPS.get(node.target)
-        if op is None:
-            problems.append(f"{_op_name(node)}: no such operator in graphopt ({where})")
-            continue
-        dtypes = [G.value(n).dtype for n in (node, *tensor_operands(node))]
-        strange = [str(d) for d in dtypes if d not in TIR_DTYPES]
-        reason = op.check(Call(node)) if op.check and not strange else None
-        if strange:
-            reason = f"dtype {strange[0]} is not supported"
-        if reason is None and any(n.op == "get_attr" for n in ()):
-            continue
-        if reason:
-            problems.append(f"{op.name}: {reason} ({where})")
-    if problems:
-        raise UnsupportedError(
-            f"the model uses {len(problems)} operator call(s) graphopt cannot compile",
-            where=problems,
-            hint="rewrite these parts of the model, or ask for the operators; "
-            "CONTRIBUTING.md shows how one is added.",
-        )
-
-
-def _op_name(node: fx.Node) -> str:
-    return str(getattr(node.target, "name", lambda: node.target)())
 
 
 class _Lowering:
@@ -83,7 +46,7 @@ class _Lowering:
         self.steps: list[Step] = []
         self.kernels: dict[int, list[tuple[Any, Kernel]]] = {}
         self.serials: dict[str, int] = {}
-        self.in_place: dict[str, str] = {}
+        self.in_place: dict[str, list[str]] = {}
         self.constants: dict[bytes, str] = {}
 
     # Buffers
@@ -91,7 +54,7 @@ class _Lowering:
     def spec(self, node: fx.Node) -> BufferSpec:
         """How the node's memory looks."""
         return BufferSpec(
-            G.shape(node), TIR_DTYPES[G.value(node).dtype], self.layouts.get(node, PLAIN)
+            G.shape(node), TIR_NAMES[G.value(node).dtype], self.layouts.get(node, PLAIN)
         )
 
     def add_buffer(self, stem: str, spec: BufferSpec, role: Role) -> str:
@@ -145,10 +108,9 @@ class _Lowering:
         if source.flops + physical_size(G.shape(root), PLAIN, 1) > _SERIAL_WORK:
             per_task = max(1, source.flops // source.tasks)
             grain = max(1, min(source.tasks, _SERIAL_WORK // per_task))
-        for node in source.in_place:
-            home = self.locate(node)
-            if self.buffers[home].role == "arena" and self.buffers[out].role == "arena":
-                self.in_place.setdefault(out, home)
+        self.in_place[out] = [
+            self.locate(node) for node in source.in_place if self.read_once(node, source)
+        ]
         self.steps.append(
             Step(
                 kernel=kernel,
@@ -163,6 +125,11 @@ class _Lowering:
                 ops=tuple(OPS[node.target].name for node in group.nodes),
             )
         )
+
+    def read_once(self, node: fx.Node, source: KernelSource) -> bool:
+        """Whether the kernel reads the node's memory under no other name (a view, say)."""
+        home = self.locate(node)
+        return all(other is node or self.locate(other) != home for other in source.reads)
 
     def request(self, group: NodeGroup) -> Request:
         """What the group asks of a generator."""
@@ -245,15 +212,14 @@ def lower(gm: fx.GraphModule, target: Target, name: str) -> Program:
         UnsupportedError: listing every operator without a kernel.
     """
     check_supported(gm)
-    outputs = list(G.outputs(gm))
-    _copy_returned_interface(gm, outputs)
+    gm = _with_own_outputs(gm)
     outputs = list(G.outputs(gm))
     state = _Lowering(gm, target, name)
     for node, label in zip(G.placeholders(gm), gm.meta["input_names"], strict=True):
         state.home[node] = state.add_buffer(label, state.spec(node), "input")
     output_names: dict[fx.Node, str] = {}
     for node, label in zip(outputs, gm.meta["output_names"], strict=True):
-        spec = BufferSpec(G.shape(node), TIR_DTYPES[G.value(node).dtype])
+        spec = BufferSpec(G.shape(node), TIR_NAMES[G.value(node).dtype])
         output_names[node] = state.add_buffer(label, spec, "output")
     groups = partition(gm, state.layouts)
     for group in groups:
@@ -265,37 +231,39 @@ def lower(gm: fx.GraphModule, target: Target, name: str) -> Program:
     return _finish(state, [output_names[node] for node in outputs])
 
 
-def _copy_returned_interface(gm: fx.GraphModule, outputs: list[fx.Node]) -> None:
-    """Give every output a node of its own that a kernel writes to the caller's memory.
+def _with_own_outputs(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the graph whose every output is a node that a kernel writes to the caller's memory.
 
-    Inputs, constants, views and values returned twice are returned through a copy.
+    Inputs, constants, views, values read by others and values returned twice are returned through a
+    copy.
     """
+    graph = fx.Graph()
+    returned: Any = graph.graph_copy(gm.graph, {})
     seen: set[fx.Node] = set()
     fresh: list[fx.Node] = []
-    out_node = G.output_node(gm)
-    for node in outputs:
-        view = node.op == "call_function" and OPS[node.target].kind is Kind.VIEW
-        if node.op == "call_function" and not view and node not in seen:
+    for node in returned:
+        computed = node.op == "call_function" and OPS[node.target].kind is not Kind.VIEW
+        if computed and node not in seen:
             seen.add(node)
             fresh.append(node)
             continue
-        with gm.graph.inserting_before(out_node):
-            rank = len(G.shape(node))
-            copy = G.call(
-                gm.graph, torch.ops.aten.permute.default, (node, list(range(rank))),
-                origin=G.origin(node) or (f"output of {node.name}",),
-            )  # fmt: skip
-        fresh.append(copy)
-    out_node.args = (tuple(fresh),)
-    gm.recompile()
+        identity = list(range(len(G.shape(node))))
+        origin = G.origin(node) or (f"output of {node.name}",)
+        fresh.append(G.call(graph, torch.ops.aten.permute.default, (node, identity), origin=origin))
+    graph.output(tuple(fresh))
+    copy = fx.GraphModule(gm, graph)
+    copy.meta.update(gm.meta)
+    return copy
 
 
 def _finish(state: _Lowering, outputs: list[str]) -> Program:
     """Place constants and arena tensors and assemble the Program."""
     buffers = state.buffers
-    lifetimes = _lifetimes(state)
+    lifetimes = lifetimes_of(state.steps, buffers)
     owners = _merge_in_place(state, lifetimes)
-    offsets, arena = plan_offsets([life for name, life in lifetimes.items() if owners[name] == name])
+    offsets, arena = plan_offsets(
+        [life for name, life in lifetimes.items() if owners[name] == name]
+    )
     for name in lifetimes:
         buffers[name] = replace(buffers[name], offset=offsets[owners[name]])
     weights = 0
@@ -318,62 +286,29 @@ def _finish(state: _Lowering, outputs: list[str]) -> Program:
     )
 
 
-def _lifetimes(state: _Lowering) -> dict[str, Lifetime]:
-    first: dict[str, int] = {}
-    last: dict[str, int] = {}
-    for i, step in enumerate(state.steps):
-        for name in step.args:
-            if state.buffers[name].role == "arena":
-                first.setdefault(name, i)
-                last[name] = i
-    return {
-        name: Lifetime(name, state.buffers[name].nbytes, first[name], last[name]) for name in first
-    }
-
-
 def _merge_in_place(state: _Lowering, lifetimes: dict[str, Lifetime]) -> dict[str, str]:
     """Let a step's output take over the memory of an operand that dies there.
 
     Changes `lifetimes` of the first owner to the union; gives each tensor's owner.
     """
     owners = {name: name for name in lifetimes}
-    for out, source in state.in_place.items():
-        if out not in lifetimes or source not in lifetimes:
-            continue
-        owner = owners[source]
-        ends = lifetimes[source].last == lifetimes[out].first
-        if not ends or lifetimes[owner].last != lifetimes[source].last:
-            continue
-        owners[out] = owner
-        life = lifetimes[owner]
-        lifetimes[owner] = replace(life, last=max(life.last, lifetimes[out].last))
+
+    def dies(source: str, out: str) -> bool:
+        owner = lifetimes[owners[source]]
+        return owner.last == lifetimes[source].last == lifetimes[out].first
+
+    for out, candidates in state.in_place.items():
+        for source in candidates:
+            if out not in lifetimes or source not in lifetimes or not dies(source, out):
+                continue
+            owner = lifetimes[owners[source]]
+            if lifetimes[out].nbytes <= owner.nbytes:
+                owners[out] = owner.name
+                lifetimes[owner.name] = replace(owner, last=lifetimes[out].last)
+                break
     return owners
 
 
 def live_bytes(program: Program) -> int:
     """The largest sum of arena bytes needed at one step, working in place not counted."""
-    first: dict[str, int] = {}
-    last: dict[str, int] = {}
-    for i, step in enumerate(program.steps):
-        for name in step.args:
-            if program.buffers[name].role == "arena":
-                first.setdefault(name, i)
-                last[name] = i
-    return max(
-        (
-            sum(b.nbytes for n, b in program.buffers.items() if n in first and first[n] <= i <= last[n])
-            for i in range(len(program.steps))
-        ),
-        default=0,
-    )
-
-
-def describe_layouts(layouts: Mapping[fx.Node, str]) -> dict[str, int]:
-    """How many tensors have each layout."""
-    counts: dict[str, int] = {}
-    for layout in layouts.values():
-        counts[layout] = counts.get(layout, 0) + 1
-    return counts
-
-
-__all__ = ["check_supported", "live_bytes", "lower", "prod"]
+    return largest_live(list(lifetimes_of(program.steps, program.buffers).values()))

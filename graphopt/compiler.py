@@ -181,4 +181,3 @@ def compile(
             kernels = compile_kernels(program, chosen)
     report = Report(name, replace(chosen), tuple(records), program, seconds)
     return Compiled(graph, program, chosen, kernels, report, threads, cc)
-

@@ -75,9 +75,7 @@ def call(
     return node
 
 
-def add_constant(
-    gm: fx.GraphModule, hint: str, tensor: torch.Tensor, *, origin: Origin
-) -> fx.Node:
+def add_constant(gm: fx.GraphModule, hint: str, tensor: torch.Tensor, *, origin: Origin) -> fx.Node:
     """Register `tensor` under a fresh name like `hint` and insert the `get_attr` that reads it."""
     stem = re.sub(r"\W+", "_", hint).strip("_") or "constant"
     if stem[0].isdigit():

@@ -1,4 +1,4 @@
-"""What the kernel generators know about an instruction set: data only, one file per instruction set."""
+"""What the kernel generators know about an instruction set: data only, one file for each."""
 
 from __future__ import annotations
 

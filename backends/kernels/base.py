@@ -144,4 +144,3 @@ def collapse(view: View, shape: Sequence[int], axes: Sequence[int]) -> View:
         merged[axis] = 1
     merged[mine[-1]] = prod(own[axis] for axis in mine)
     return view.reshaped(tuple(merged))
-

@@ -1,8 +1,8 @@
 """Building a kernel's PrimFunc: its parameters, its task loop, and buffers read by logical index.
 
-Every kernel is `void symbol(T *buffer…, [float *scratch,] int32 begin, int32 end)` and does the tasks
-from `begin` up to `end`. A `View` hides how a buffer is laid out: generators and fused operators
-only use logical indices.
+Every kernel is `void symbol(T *buffer…, [float *scratch,] int32 begin, int32 end)` and does the
+tasks from `begin` up to `end`. A `View` hides how a buffer is laid out: generators and fused
+operators only use logical indices.
 """
 
 from __future__ import annotations
@@ -90,23 +90,22 @@ def build_kernel(
         body: `body(task, views[, scratch])` emits one task; `task` is a TIR variable.
         scratch: whether the body also takes a pointer to the thread's scratch memory (float32).
     """
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_name(symbol)
-            T.func_attr({"global_symbol": symbol, "tirx.noalias": False})
-            pointers = [
-                T.arg(f"p{i}", T.handle(_STORED_AS.get(spec.dtype, spec.dtype)))
-                for i, spec in enumerate(specs)
-            ]
-            extra = [T.arg("scratch", T.handle("float32"))] if scratch else []
-            begin, end = T.arg("begin", T.int32()), T.arg("end", T.int32())
-            views = [
-                View(spec, _declare(pointer, physical_shape(spec.shape, spec.layout), spec.dtype))
-                for spec, pointer in zip(specs, pointers, strict=True)
-            ]
-            with T.serial(begin, end) as task:
-                # Tasks are never negative; said so that their divisions stay plain ones.
-                body(tirx.max(task, 0), views, *extra)
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name(symbol)
+        T.func_attr({"global_symbol": symbol, "tirx.noalias": False})
+        pointers = [
+            T.arg(f"p{i}", T.handle(_STORED_AS.get(spec.dtype, spec.dtype)))
+            for i, spec in enumerate(specs)
+        ]
+        extra = [T.arg("scratch", T.handle("float32"))] if scratch else []
+        begin, end = T.arg("begin", T.int32()), T.arg("end", T.int32())
+        views = [
+            View(spec, _declare(pointer, physical_shape(spec.shape, spec.layout), spec.dtype))
+            for spec, pointer in zip(specs, pointers, strict=True)
+        ]
+        with T.serial(begin, end) as task:
+            # Tasks are never negative; said so that their divisions stay plain ones.
+            body(tirx.max(task, 0), views, *extra)
     return builder.get()
 
 

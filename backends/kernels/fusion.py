@@ -31,6 +31,7 @@ class Group:
         *,
         flat: bool = False,
     ) -> None:
+        """Nothing is computed before it is read."""
         self._flat = flat
         self._views = dict(views)
         self._scalars = dict(scalars)
@@ -121,4 +122,3 @@ def common_dtype(operands: list[Any]) -> torch.dtype:
             result = torch.empty(value.shape, dtype=dtype, device="meta")
     assert dtype is not None
     return dtype
-

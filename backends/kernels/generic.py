@@ -15,7 +15,7 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.kernels.builder import View, each, loop, unflatten
-from graphopt.ops.math import dtype_of
+from graphopt.ops.math import dtype_of, is_nan
 from graphopt.ops.opdef import Expr, Index, Reader, Reduction
 from graphopt.program.layout import block_of, physical_shape
 
@@ -206,8 +206,9 @@ def combine(kind: str, a: Expr, b: Expr) -> Expr:
         return a * b
     if not dtype_of(b).startswith("float"):
         return tirx.max(a, b) if kind == "max" else tirx.min(a, b)
-    keep = a > b if kind == "max" else a < b
-    return tirx.Select(tirx.any(keep, a != a), a, b)
+    # A false comparison gives b, which is then the NaN, or a is.
+    value = tirx.Select(a > b if kind == "max" else a < b, a, b)
+    return tirx.Select(is_nan(a), a, value)
 
 
 def _fill(buffer: object, first: Expr, count: int, value: Expr) -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 from typing import Any
 
+import torch
 from torch import fx
+from tvm import tirx
 
 from graphopt import graph as G
 from graphopt.backends.kernels import generic
 from graphopt.backends.kernels.base import KernelSource, Request
 from graphopt.backends.kernels.builder import View
-from graphopt.backends.kernels.fusion import TIR_DTYPES, Group
+from graphopt.backends.kernels.fusion import Group
 from graphopt.ops import OPS
 from graphopt.ops.opdef import Expr, Index, Kind, Reduction
-from graphopt.program.layout import PLAIN
+from graphopt.ops.scalar import TIR_NAMES, to_dtype
+from graphopt.program.layout import PLAIN, physical_shape
 
 
 def _lanes(request: Request) -> int:
@@ -35,7 +39,7 @@ def lower_map(request: Request) -> KernelSource:
     flops = prod(out.shape) * sum(
         OPS[node.target].kind is Kind.ELEMENTWISE for node in request.nodes
     )
-    count = prod(generic.physical_shape(out.shape, out.layout))
+    count = prod(physical_shape(out.shape, out.layout))
 
     def emit(
         task: Expr, views: dict[fx.Node, View], constants: list[Any], target: View, group: Group,
@@ -64,7 +68,8 @@ def lower_reduction(request: Request) -> KernelSource:
     operands = call.operands(op.operands)
     source = operands[0]
     space = generic.space_of(out.shape, out.layout)
-    dtype = TIR_DTYPES[call.dtype]
+    # Truth values are folded as bytes: TVM has no least bool.
+    dtype = "uint8" if call.dtype == torch.bool else TIR_NAMES[call.dtype]
     assert op.compute is not None
     probe: Reduction = op.compute(call, *(lambda index: index for _ in operands))
     contiguous = _runs_along_last_axis(request, probe, source)
@@ -77,12 +82,23 @@ def lower_reduction(request: Request) -> KernelSource:
         assert op.compute is not None
         reduction: Reduction = op.compute(call, *(group.reader(x) for x in operands))
 
+        def element(index: Index, box: Index) -> Expr:
+            value = reduction.element(index, box)
+            return tirx.Cast(dtype, value) if call.dtype == torch.bool else value
+
         def epilogue(index: Index, value: Expr) -> Expr:
+            value = to_dtype(value, call.dtype)
             group.give(request.anchor, lambda _: value)
             return group.read(request.root, index)
 
         generic.emit_reduction(
-            task, target, reduction, epilogue, dtype, _lanes(request), contiguous
+            task,
+            target,
+            replace(reduction, element=element),
+            epilogue,
+            dtype,
+            _lanes(request),
+            contiguous,
         )
 
     origin = "reduce row" if contiguous else "reduce"

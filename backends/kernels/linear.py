@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from graphopt import graph as G
 from graphopt.backends.kernels import conv_direct
 from graphopt.backends.kernels.base import (
     KernelSource,
@@ -20,6 +19,7 @@ from graphopt.backends.kernels.base import (
 from graphopt.backends.kernels.builder import View, unflatten
 from graphopt.backends.kernels.conv_direct import Accessors, ConvSpec
 from graphopt.backends.kernels.fusion import Group
+from graphopt.ops import OPS
 from graphopt.ops.opdef import Expr, Index
 from graphopt.program.layout import PLAIN
 
@@ -29,17 +29,18 @@ def lower_linear(request: Request) -> KernelSource | None:
     call = request.call
     is_linear = "weight" in call.arguments
     source: fx.Node = call["input" if is_linear else "self"]
-    weight_node = call["weight" if is_linear else "other"]
+    weight_node = call.operands(OPS[request.anchor.target].operands)[1]
     weight = request.constant(weight_node)
     bias = call.arguments.get("bias")
     shape = call.shape
-    plain = request.spec(source).layout == PLAIN and request.spec(request.root).layout == PLAIN
-    if weight is None or weight.ndim != 2 or len(G.shape(source)) < 2 or not plain:
+    if weight is None or weight.ndim != 2:
         return None
+    # Blocks are rare here: a convolution over sequences whose result goes through a linear layer.
+    plain = all(request.spec(node).layout == PLAIN for node in (source, request.root))
     matrix = weight if is_linear else np.ascontiguousarray(weight.T)
     n_out, n_in = matrix.shape
     lead = tuple(range(len(shape) - 1))
-    merge = collapsible(request, lead)
+    merge = plain and len(lead) > 0 and collapsible(request, lead)
     m = prod(shape[:-1])
     spec = ConvSpec(1, 1, n_in, n_out, (1, m), (1, m), (1, 1))
     conv = conv_direct.plan(spec, request.target.isa, request.target.l2_bytes)
@@ -49,7 +50,7 @@ def lower_linear(request: Request) -> KernelSource | None:
         task: Expr, views: dict[fx.Node, View], constants: list[Any], out: View, group: Group,
         scratch: Any,
     ) -> None:  # fmt: skip
-        x = views[source].reshaped((m, n_in))
+        x = views[source].reshaped((m, n_in)) if plain else views[source]
         if merge:
             out = collapse(out, shape, lead)
             # The bias is one-dimensional and stays as it is.
@@ -62,6 +63,9 @@ def lower_linear(request: Request) -> KernelSource | None:
                 return (*(0 for _ in lead[:-1]), row, c)
             return (*unflatten(row, shape[:-1]), c)
 
+        def load(row: Expr, c: Expr) -> Expr:
+            return x.load((row, c) if plain else (*unflatten(row, shape[:-1]), c))
+
         def store(n: Expr, c: Expr, h: Expr, w: Expr, value: Expr) -> None:
             if bias is not None:
                 value = value + group.read(bias, (c,))
@@ -70,15 +74,16 @@ def lower_linear(request: Request) -> KernelSource | None:
             out.store(place, group.read(request.root, place))
 
         access = Accessors(
-            x=lambda n, c, h, w: x.load((w, c)),
+            x=lambda n, c, h, w: load(w, c),
             store=store,
-            vector=True,
+            vector=request.spec(request.root).layout == PLAIN,
             padded=False,
             heavy=request.heavy_epilogue,
         )
         conv_direct.emit(conv, task, constants[0], access)
 
-    reads = [node for node in request.reads if node is not weight_node]
+    beside = request.epilogue_reads()
+    reads = [node for node in request.reads if node is not weight_node or node in beside]
     origin = conv.describe().replace("conv_direct", "gemm")
     return KernelSource(origin, conv.tasks, spec.flops, emit, reads, (packed,),
                         in_place=same_place(request, taken=[source]))  # fmt: skip

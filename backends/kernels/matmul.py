@@ -26,6 +26,7 @@ from graphopt.backends.kernels.builder import View, each, f32, loop, unflatten
 from graphopt.backends.kernels.fusion import Group
 from graphopt.backends.kernels.rows import fold
 from graphopt.backends.kernels.tiling import Split, choose_tile, split
+from graphopt.ops import OPS
 from graphopt.ops import math as M
 from graphopt.ops.opdef import Call, Expr, broadcast_index
 
@@ -100,15 +101,18 @@ def _product_tile(
 
 
 def lower_matmul(request: Request) -> KernelSource | None:
-    """`matmul` of two computed tensors of at least two dimensions, batch dimensions broadcast."""
+    """`matmul` of two computed tensors, batch dimensions broadcast.
+
+    A vector on the left is a matrix of one row, one on the right a matrix of one column; the
+    result has no dimension for it.
+    """
     call = request.call
-    a, b = call["self"], call["other"] if "other" in call.arguments else call["mat2"]
+    a, b = call.operands(OPS[request.anchor.target].operands)
     a_shape, b_shape = G.shape(a), G.shape(b)
-    if len(a_shape) < 2 or len(b_shape) < 2:
-        return None
-    shape = call.shape
-    lead = shape[:-2]
-    m, n, depth = shape[-2], shape[-1], a_shape[-1]
+    row_vector, column_vector = len(a_shape) == 1, len(b_shape) == 1
+    m, depth = 1 if row_vector else a_shape[-2], a_shape[-1]
+    n = 1 if column_vector else b_shape[-1]
+    lead = call.shape[: len(call.shape) - (not row_vector) - (not column_vector)]
     isa = request.target.isa
     bands = split(m, min(m, _BAND))
 
@@ -122,20 +126,21 @@ def lower_matmul(request: Request) -> KernelSource | None:
 
         def band(first: Expr, rows: int) -> None:
             def store(i: Expr, j: Expr, value: Expr) -> None:
-                index = (*batch, first + i, j)
+                row, column = () if row_vector else (first + i,), () if column_vector else (j,)
+                index = (*batch, *row, *column)
                 group.give(request.anchor, lambda _: value)
                 out.store(index, group.read(request.root, index))
 
             emit_product(
                 rows, n, depth,
-                lambda i, k: group.read(a, (*a_batch, first + i, k)),
-                lambda k, j: group.read(b, (*b_batch, k, j)),
+                lambda i, k: group.read(a, (k,) if row_vector else (*a_batch, first + i, k)),
+                lambda k, j: group.read(b, (k,) if column_vector else (*b_batch, k, j)),
                 store, isa,
             )  # fmt: skip
 
         _each_band(bands, number, band)
 
-    flops = 2 * prod(shape) * depth
+    flops = 2 * prod(lead) * m * n * depth
     return KernelSource("matmul", prod(lead) * bands.count, flops, emit, request.reads)
 
 

@@ -18,13 +18,20 @@ from graphopt import graph as G
 from graphopt.backends.kernels.base import KernelSource, Request
 from graphopt.backends.kernels.builder import View, each, f32, loop, unflatten
 from graphopt.backends.kernels.fusion import Group
-from graphopt.backends.kernels.generic import combine, identity
+from graphopt.backends.kernels.generic import identity
 from graphopt.ops import math as M
 from graphopt.ops.opdef import Expr, Index
 
 
 def fold(count: int, lanes: int, kind: str, element: Callable[[Expr], Expr]) -> Any:
-    """Fold `element(0 … count-1)` with vectors; gives a one-element buffer holding the result."""
+    """Fold `element(0 … count-1)` with vectors; gives a one-element buffer holding the result.
+
+    A maximum may miss NaN, which the sum of the exponentials then finds.
+    """
+
+    def join(a: Expr, b: Expr) -> Expr:
+        return a + b if kind == "sum" else tirx.Select(a > b, a, b)
+
     acc = T.alloc_buffer((lanes,), "float32", scope="local")
     total = T.alloc_buffer((1,), "float32", scope="local")
     start = identity(kind, "float32")
@@ -34,12 +41,12 @@ def fold(count: int, lanes: int, kind: str, element: Callable[[Expr], Expr]) -> 
     full, rest = divmod(count, lanes)
     if full:
         with loop(full) as i, T.vectorized(0, lanes) as lane:
-            T.buffer_store(acc, combine(kind, acc[lane], element(i * lanes + lane)), [lane])
+            T.buffer_store(acc, join(acc[lane], element(i * lanes + lane)), [lane])
     if rest:
         with loop(rest) as i:
-            T.buffer_store(total, combine(kind, total[0], element(full * lanes + i)), [0])
+            T.buffer_store(total, join(total[0], element(full * lanes + i)), [0])
     for lane in range(lanes):
-        T.buffer_store(total, combine(kind, total[0], acc[lane]), [0])
+        T.buffer_store(total, join(total[0], acc[lane]), [0])
     return total
 
 
@@ -47,7 +54,9 @@ def lower_softmax(request: Request) -> KernelSource | None:
     """Softmax and log-softmax over any axis; along the last one with vectors."""
     call = request.call
     shape = call.shape
-    axis = call["dim"] % max(1, len(shape))
+    if not shape:
+        shape = (1,)
+    axis = call["dim"] % len(shape)
     source = call["self"]
     log = "log_softmax" in str(call.node.target)
     lanes = request.target.isa.block
@@ -63,7 +72,7 @@ def lower_softmax(request: Request) -> KernelSource | None:
         places = unflatten(task, outer)
 
         def at(i: Expr) -> Index:
-            return (*places[:axis], i, *places[axis:])
+            return (*places[:axis], i, *places[axis:]) if call.shape else ()
 
         def x(i: Expr) -> Expr:
             return group.read(source, at(i))
@@ -72,7 +81,7 @@ def lower_softmax(request: Request) -> KernelSource | None:
         # Differences of -inf are NaN: a row with nothing in it is NaN in PyTorch, too.
         total = fold(row, width, "sum", lambda i: M.exp(x(i) - top[0]))
         factor = T.alloc_buffer((1,), "float32", scope="local")
-        T.buffer_store(factor, M.log(total[0]) if log else f32(1.0) / total[0], [0])
+        T.buffer_store(factor, M.log_natural(total[0]) if log else f32(1.0) / total[0], [0])
 
         def one(i: Expr) -> None:
             moved = x(i) - top[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import copysign, inf
 from typing import Any
 
 import torch
@@ -53,15 +54,29 @@ def _mul(call: Call, a: Expr, b: Expr) -> Expr:
     return a * b
 
 
+def _quotient(a: Expr, b: Expr) -> Expr:
+    """a / b for floats."""
+    if isinstance(b, tirx.FloatImm) and b.value == 0:
+        # TVM refuses to divide by 0; this gives the same infinities and NaN.
+        return a * tirx.const(copysign(inf, b.value), dtype_of(b))
+    return a / b
+
+
+def _float64(x: Expr) -> Expr:
+    if isinstance(x, tirx.FloatImm):
+        return tirx.const(x.value, "float64")
+    return tirx.Cast("float64", x)
+
+
 def _div(call: Call, a: Expr, b: Expr) -> Expr:
     mode = call.arguments.get("rounding_mode")
     if mode is None:
-        return wide(to_dtype(a, call.dtype)) / wide(to_dtype(b, call.dtype))
+        return _quotient(wide(to_dtype(a, call.dtype)), wide(to_dtype(b, call.dtype)))
     a, b = _numbers(call, a, b)
     if not is_float(a):
         return tirx.floordiv(a, b) if mode == "floor" else tirx.truncdiv(a, b)
     # In float64 a quotient below 2²⁸ never rounds up to a whole number it is not.
-    quotient = tirx.Cast("float64", a) / tirx.Cast("float64", b)
+    quotient = _quotient(_float64(a), _float64(b))
     return tirx.Cast("float32", (tirx.floor if mode == "floor" else tirx.trunc)(quotient))
 
 
@@ -76,8 +91,8 @@ def _check_div(call: Call) -> str | None:
 def _float_fmod(a: Expr, b: Expr) -> Expr:
     """What is left of a / b rounded to zero; exact for quotients below 2²⁸."""
     a, b = share(a), share(b)
-    x, y = share(tirx.Cast("float64", a)), share(tirx.Cast("float64", b))
-    left = share(tirx.trunc(x / y)) * y
+    x, y = share(_float64(a)), share(_float64(b))
+    left = share(tirx.trunc(_quotient(x, y))) * y
     rest = share(tirx.Cast("float32", x - left))
     inf = tirx.const(float("inf"), "float32")
     infinite = tirx.Select(tirx.abs(a) < inf, a, tirx.const(float("nan"), "float32"))

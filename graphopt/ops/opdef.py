@@ -67,7 +67,7 @@ class Sample:
         args: the positional arguments; tensors become model inputs.
         kwargs: the keyword arguments.
         ulp: largest error in units in the last place: of the element itself where each comes from
-            one element of the operands, of the largest element where elements are folded.
+            one element of the operands, of the largest element where elements are added up.
         constants: positions of the tensors that the model holds as constants.
     """
 
@@ -119,6 +119,7 @@ class Call:
     """A node's arguments by schema name, defaults filled in."""
 
     def __init__(self, node: fx.Node) -> None:
+        """Read a node that calls an ATen overload."""
         self.node = node
         self.arguments: dict[str, Any] = {}
         schema = node.target._schema  # type: ignore[union-attr]
@@ -131,6 +132,7 @@ class Call:
                 self.arguments[argument.name] = argument.default_value
 
     def __getitem__(self, name: str) -> Any:
+        """The argument of this name: a node, a number, a list …"""
         return self.arguments[name]
 
     @property
@@ -148,10 +150,13 @@ class Call:
         return G.shape(self.arguments[name])
 
     def operands(self, names: Sequence[str]) -> list[Any]:
-        """The values of these arguments in order, list arguments spread, None left out."""
+        """The values of these arguments in order, list arguments spread.
+
+        None is left out, and so is an argument this overload does not have.
+        """
         values: list[Any] = []
         for name in names:
-            value = self.arguments[name]
+            value = self.arguments.get(name)
             if isinstance(value, (list, tuple)):
                 values.extend(value)
             elif value is not None:
@@ -160,8 +165,11 @@ class Call:
 
 
 def normalize_axes(axes: Any, rank: int) -> tuple[int, ...]:
-    """Axes as sorted non-negative numbers; None or an empty list means all of them."""
-    if axes is None or (isinstance(axes, (list, tuple)) and not axes):
+    """Axes as sorted non-negative numbers; None or an empty list means all of them.
+
+    A scalar takes axis 0 and has none.
+    """
+    if rank == 0 or axes is None or (isinstance(axes, (list, tuple)) and not axes):
         return tuple(range(rank))
     if isinstance(axes, int):
         axes = (axes,)

@@ -9,7 +9,17 @@ import torch
 from tvm import tirx
 
 from graphopt.ops.math import dtype_of
-from graphopt.ops.opdef import Call, Expr, Index, Kind, OpDef, Reader, Reduction, normalize_axes
+from graphopt.ops.opdef import (
+    Call,
+    Expr,
+    Index,
+    Kind,
+    OpDef,
+    Reader,
+    Reduction,
+    Sample,
+    normalize_axes,
+)
 
 aten = torch.ops.aten
 
@@ -174,19 +184,91 @@ def _adaptive_avg_pool(call: Call, x: Reader) -> Reduction:
     return Reduction(kernel, element, "sum", finish)
 
 
-def _rank4(call: Call) -> str | None:
+def _full_precision(call: Call) -> str | None:
+    if call.dtype == torch.float16:
+        return "sums in float16 would lose what PyTorch keeps; cast to float32"
+    return None
+
+
+def _pooling(call: Call) -> str | None:
+    if call.dtype != torch.float32:
+        return f"{call.dtype} is not supported, only float32"
     rank = len(call.shape_of("self"))
     return None if rank in (3, 4) else f"input has {rank} dimensions, not 3 or 4"
 
 
+def _folded(*rest: Any, shape: tuple[int, ...] = (2, 10, 5, 7), **kwargs: Any) -> Sample:
+    """Values around 1, whose sums do not cancel; 1000 of them are added in another order."""
+    return Sample(lambda g: (torch.randn(shape, generator=g) * 0.25 + 1, *rest), kwargs, ulp=16)
+
+
+def _whole(*rest: Any, high: int = 9, **kwargs: Any) -> Sample:
+    return Sample(lambda g: (torch.randint(-high, high, (3, 4, 5), generator=g), *rest), kwargs)
+
+
+def _truths(*rest: Any) -> Sample:
+    return Sample(lambda g: (torch.randn(3, 4, 5, generator=g) > 0.5, *rest))
+
+
+def _pool(*rest: Any, shape: tuple[int, ...] = (2, 10, 9, 7)) -> Sample:
+    return _folded(*rest, shape=shape)
+
+
+_POOLS = (
+    *(_pool([3, 3]), _pool([2, 2], [1, 1]), _pool([3, 2], [2, 1], [1, 0]), _pool(2, 2, 1)),
+    *(_pool([9, 7]), _pool([3, 3], [2, 2], 1, shape=(5, 6, 7)), _pool([1, 1], [2, 2])),
+    _pool([3, 3], [2, 2], [1, 1], shape=(1, 3, 8, 8)),
+)
+_NEGATIVE = Sample(lambda g: (-torch.rand(1, 3, 5, 6, generator=g) - 1, [3, 3], [2, 2], [1, 1]))
+_NAN = Sample(lambda g: (torch.tensor([[1.0, float("nan"), 3.0], [float("-inf"), 2.0, 5.0]]), [1]))
+_AXES = tuple(
+    _folded(axes, keep)
+    for axes in ([2, 3], [-1], [1], [0, -2], [], [0], [1, 2, 3])
+    for keep in (False, True)
+)
+_ROWS = tuple(_folded([-1], shape=(3, n)) for n in (1, 7, 8, 9, 31, 1000))
+_SCALAR = (_folded(shape=()), _folded(shape=(1,)))
+_LINES = tuple(_folded([-1], shape=shape) for shape in ((5,), ()))
+
 REDUCE: tuple[OpDef, ...] = (
-    OpDef("mean", (aten.mean.dim, aten.mean.default), Kind.REDUCTION, _axes_fold("mean")),
-    OpDef("sum", (aten.sum.dim_IntList, aten.sum.default), Kind.REDUCTION, _axes_fold("sum")),
-    OpDef("amax", (aten.amax.default,), Kind.REDUCTION, _axes_fold("max")),
-    OpDef("amin", (aten.amin.default,), Kind.REDUCTION, _axes_fold("min")),
-    OpDef("prod", (aten.prod.dim_int, aten.prod.default), Kind.REDUCTION, _axes_fold("prod")),
-    OpDef("max_pool2d", (aten.max_pool2d.default,), Kind.REDUCTION, _max_pool, check=_rank4),
-    OpDef("avg_pool2d", (aten.avg_pool2d.default,), Kind.REDUCTION, _avg_pool, check=_rank4),
+    OpDef("mean", (aten.mean.dim, aten.mean.default), Kind.REDUCTION, _axes_fold("mean"),
+          check=_full_precision, samples=(
+              *_AXES, *_ROWS, *_SCALAR, *_LINES, _folded(), _whole([1], dtype=torch.float32),
+          )),
+    OpDef("sum", (aten.sum.dim_IntList, aten.sum.default), Kind.REDUCTION, _axes_fold("sum"),
+          check=_full_precision, samples=(
+              *_AXES, *_ROWS, *_SCALAR, *_LINES, _folded(), _whole([1]), _whole(), _truths([0, 2]),
+              _truths(),
+          )),
+    OpDef("amax", (aten.amax.default,), Kind.REDUCTION, _axes_fold("max"),
+          check=_full_precision, samples=(
+              *_AXES, *_ROWS, *_SCALAR, *_LINES, _whole([1]), _whole([-1]), _truths([0, 2]), _NAN,
+          )),
+    OpDef("amin", (aten.amin.default,), Kind.REDUCTION, _axes_fold("min"),
+          check=_full_precision, samples=(
+              *_AXES, *_ROWS, *_SCALAR, *_LINES, _whole([1]), _whole([-1]), _truths([0, 2]), _NAN,
+          )),
+    OpDef("prod", (aten.prod.dim_int, aten.prod.default), Kind.REDUCTION, _axes_fold("prod"),
+          check=_full_precision, samples=(
+              *(_folded(axis, keep) for axis in (0, 1, -1) for keep in (False, True)),
+              *_SCALAR, _folded(shape=(3, 5)), _whole(1), _whole(high=3), _truths(-1),
+          )),
+    OpDef("max_pool2d", (aten.max_pool2d.default,), Kind.REDUCTION, _max_pool, check=_pooling,
+          samples=(
+              *_POOLS, _pool([2, 3], [2, 1], [1, 1], [2, 1]), _pool([3, 3], [2, 2], [1, 1], [2, 2]),
+              _pool([2, 2], [2, 2], 0, 1, True), _pool([3, 3], [2, 2], [1, 1], [1, 1], True),
+              _pool([2, 2], [3, 3], 1, 2, True), _NEGATIVE,
+          )),
+    OpDef("avg_pool2d", (aten.avg_pool2d.default,), Kind.REDUCTION, _avg_pool, check=_pooling,
+          samples=(
+              *_POOLS,
+              *(_pool([3, 3], [2, 2], [1, 1], ceil, count) for ceil in (False, True)
+                for count in (False, True)),
+              *(_pool([2, 2], [3, 3], [1, 0], True, count) for count in (False, True)),
+              _pool([2, 3], [1, 2], 0, False, True, 5), _pool([3, 2], [2, 2], 1, True, False, 7),
+          )),
     OpDef("adaptive_avg_pool2d", (aten.adaptive_avg_pool2d.default,), Kind.REDUCTION,
-          _adaptive_avg_pool, check=_rank4),
+          _adaptive_avg_pool, check=_pooling, samples=tuple(
+              _folded(size) for size in ([1, 1], [5, 7], [2, 3], [3, 1], [7, 9], [1, 7])
+          )),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Operators that only move data: views, permutes, slices, pads, concatenation, gathers, resizing."""
+"""Operators that only move data: views, permutes, slices, pads, concatenation, gathers, resizes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from tvm import tirx
 
 from graphopt import graph as G
 from graphopt.ops.math import dtype_of
-from graphopt.ops.opdef import Call, Expr, Index, Kind, OpDef, Reader, broadcast_index
+from graphopt.ops.opdef import Call, Expr, Index, Kind, OpDef, Reader, Sample, broadcast_index
+from graphopt.ops.scalar import to_dtype
 
 aten = torch.ops.aten
 
@@ -41,14 +42,15 @@ def _select(call: Call, x: Reader, index: Index) -> Expr:
 def _cat(call: Call, *rest: Any) -> Expr:
     *readers, index = rest
     dim = call["dim"] % len(index)
-    extents = [G.shape(node)[dim] for node in call["tensors"] if G.shape(node) != (0,)]
-    readers = [r for r, n in zip(readers, call["tensors"], strict=True) if G.shape(n) != (0,)]
+    extents = [G.shape(node)[dim] for node in call["tensors"]]
     starts = [sum(extents[:i]) for i in range(len(extents))]
     place = index[dim]
-    result = readers[-1]((*index[:dim], place - starts[-1], *index[dim + 1 :]))
+    result = to_dtype(
+        readers[-1]((*index[:dim], place - starts[-1], *index[dim + 1 :])), call.dtype
+    )
     for reader, start, end in reversed(list(zip(readers[:-1], starts, starts[1:], strict=False))):
         piece = reader((*index[:dim], place - start, *index[dim + 1 :]))
-        result = tirx.if_then_else(place < end, piece, result)
+        result = tirx.if_then_else(place < end, to_dtype(piece, call.dtype), result)
     return result
 
 
@@ -100,7 +102,7 @@ def _scale(call: Call, axis: int) -> float:
     size, out = call.shape_of("input"), call.shape
     factors = call.arguments.get("scale_factors")
     if factors is not None:
-        return 1.0 / factors[axis - 2]
+        return 1.0 / float(factors[axis - 2])
     return size[axis] / out[axis]
 
 
@@ -147,23 +149,115 @@ def _upsample_linear(call: Call, x: Reader, index: Index) -> Expr:
     return total
 
 
+def _image(*rest: Any, shape: tuple[int, ...] = (2, 10, 5, 7), **kwargs: Any) -> Sample:
+    return Sample(lambda g: (torch.randn(shape, generator=g), *rest), kwargs, ulp=0)
+
+
+def _small(*rest: Any) -> Sample:
+    """Three dimensions of an integer dtype."""
+    return Sample(lambda g: (torch.randint(-9, 9, (3, 4, 5), generator=g), *rest), ulp=0)
+
+
+def _resized(*rest: Any, shape: tuple[int, ...] = (2, 10, 5, 7), ulp: float = 4) -> Sample:
+    return Sample(lambda g: (torch.randn(shape, generator=g), *rest), ulp=ulp)
+
+
+def _joined(dim: int, *extents: int) -> Sample:
+    def make(g: torch.Generator) -> tuple[Any, ...]:
+        shape = [2, 8, 5, 7]
+        parts = []
+        for extent in extents:
+            shape[dim] = extent
+            parts.append(torch.randn(shape, generator=g))
+        return parts, dim
+
+    return Sample(make, ulp=0)
+
+
+def _mixed(g: torch.Generator) -> tuple[Any, ...]:
+    return [torch.randint(9, (3, 2), generator=g), torch.randn(3, 4, generator=g)], 1
+
+
+def _gathered(g: torch.Generator) -> tuple[Any, ...]:
+    return torch.randn(3, 4, 5, generator=g), -1, torch.randint(5, (3, 2, 7), generator=g)
+
+
+def _rows(count: int, width: int, index: Any, **kwargs: Any) -> Sample:
+    places = torch.tensor(index)
+    return Sample(lambda g: (torch.randn(count, width, generator=g), places), kwargs, ulp=0)
+
+
+_NEAREST = (
+    *(_resized(size, None, ulp=0) for size in ([10, 14], [3, 11], [5, 7], [1, 1])),
+    *(_resized(None, factors, ulp=0) for factors in ([2.0, 3.0], [1.7, 0.6], [0.5, 2.5])),
+)
+_LINEAR = (
+    *(_resized(size, corners, None) for size in ([10, 14], [3, 11], [1, 1])
+      for corners in (False, True)),
+    *(_resized(None, False, factors) for factors in ([2.0, 3.0], [1.7, 0.6])),
+    _resized(None, True, [1.7, 2.0]),
+)  # fmt: skip
+_LINE = (2, 3, 11)
+
 SHAPE: tuple[OpDef, ...] = (
     OpDef("reshape", (aten.reshape.default, aten.view.default, aten._unsafe_view.default),
-          Kind.VIEW),
-    OpDef("clone", (aten.clone.default, aten.alias.default, aten.contiguous.default), Kind.VIEW),
-    OpDef("permute", (aten.permute.default,), Kind.INJECTIVE, _permute),
-    OpDef("expand", (aten.expand.default,), Kind.INJECTIVE, _expand),
-    OpDef("slice", (aten.slice.Tensor,), Kind.INJECTIVE, _slice),
-    OpDef("select", (aten.select.int,), Kind.INJECTIVE, _select),
-    OpDef("cat", (aten.cat.default,), Kind.INJECTIVE, _cat, operands=("tensors",)),
-    OpDef("pad", (aten.constant_pad_nd.default,), Kind.INJECTIVE, _pad),
+          Kind.VIEW, samples=(
+              _image([2, 10, 35]), _image([10, 2, 7, 5]), _image([700]), _image([2, 2, 5, 5, 7]),
+              _image([1, 1], shape=(1,)), _image([], shape=(1, 1)), _image([2, -1]),
+              _image([2, 10], shape=(2, 10, 1, 1)), _small([-1, 6]),
+          )),
+    OpDef("clone", (aten.clone.default, aten.alias.default, aten.contiguous.default), Kind.VIEW,
+          samples=(_image(), _small())),
+    OpDef("permute", (aten.permute.default,), Kind.INJECTIVE, _permute, samples=(
+        _image([0, 2, 3, 1]), _image([-1, 0, 1, 2]), _image([0, 1, 3, 2]), _image([], shape=()),
+        _small([2, 0, 1]),
+    )),
+    OpDef("expand", (aten.expand.default,), Kind.INJECTIVE, _expand, samples=(
+        _image([2, 10, 5, 7], shape=(2, 10, 1, 1)), _image([3, -1, -1, 4], shape=(1, 3, 2, 1)),
+        _image([2, 3, 7], shape=(7,)), _image([2, 3], shape=()), _small([2, 3, 4, 5]),
+    )),
+    OpDef("slice", (aten.slice.Tensor,), Kind.INJECTIVE, _slice, samples=(
+        _image(1, 8, 10), _image(1, 3, 9), _image(1, 0, 5), _image(1, 1, None, 2), _image(1, 8),
+        _image(2, 1, -1), _image(-1, -4, 100), _image(-1, 1, None, 3), _image(0, 1, 2), _small(),
+        _small(-2, None, -1),
+    )),
+    OpDef("select", (aten.select.int,), Kind.INJECTIVE, _select, samples=(
+        _image(1, 4), _image(0, -1), _image(-1, -2), _image(0, 3, shape=(5,)), _small(1, 2),
+    )),
+    OpDef("cat", (aten.cat.default,), Kind.INJECTIVE, _cat, operands=("tensors",), samples=(
+        _joined(1, 8, 16), _joined(1, 8, 3), _joined(1, 3, 5, 1), _joined(-1, 2, 9),
+        _joined(0, 1, 2), _joined(2, 4), Sample(_mixed, ulp=0),
+    )),
+    OpDef("pad", (aten.constant_pad_nd.default,), Kind.INJECTIVE, _pad, samples=(
+        _image([1, 2, 3, 0]), _image([1, 0], 2.5), _image([0, 0, 0, 0, 2, 3]),
+        _image([-1, 2, -1, -2]), _image([0, 0, 0, 0, 0, 0, 1, 0], float("-inf")),
+        _image([-2, -1]), _small([1, 2, 0, 1], 7),
+        Sample(lambda g: (torch.randn(3, 4, generator=g) > 0, [1, 2], 1.0), ulp=0),
+    )),
     OpDef("index_select", (aten.index_select.default,), Kind.INJECTIVE, _index_select,
-          operands=("self", "index")),
-    OpDef("gather", (aten.gather.default,), Kind.INJECTIVE, _gather, operands=("self", "index")),
+          operands=("self", "index"), samples=(
+              _image(1, torch.tensor([9, 0, 3, 3])), _image(-1, torch.tensor([6, 1])),
+              _image(0, torch.tensor([1, 0, 1], dtype=torch.int32)), _image(2, torch.tensor(3)),
+              _small(1, torch.tensor([2])), _image(0, torch.tensor([2, 1]), shape=(3,)),
+          )),
+    OpDef("gather", (aten.gather.default,), Kind.INJECTIVE, _gather, operands=("self", "index"),
+          samples=(
+              Sample(_gathered, ulp=0), _image(1, torch.tensor([[[[3, 9]]]])),
+              _image(0, torch.tensor([2, 2, 0, 1]), shape=(3,)),
+          )),
     OpDef("embedding", (aten.embedding.default,), Kind.INJECTIVE, _embedding,
-          operands=("weight", "indices")),
+          operands=("weight", "indices"), samples=(
+              _rows(5, 7, [[0, 4, 2], [1, 1, 3]]), _rows(3, 9, 2),
+              _rows(4, 1, [3, 0], padding_idx=0),
+          )),
     OpDef("upsample_nearest", (aten.upsample_nearest2d.vec, aten.upsample_nearest1d.vec),
-          Kind.INJECTIVE, _upsample_nearest, operands=("input",)),
+          Kind.INJECTIVE, _upsample_nearest, operands=("input",), samples=(
+              *_NEAREST, _resized([25], None, shape=_LINE, ulp=0),
+              _resized(None, [2.6], shape=_LINE, ulp=0),
+          )),
     OpDef("upsample_linear", (aten.upsample_bilinear2d.vec, aten.upsample_linear1d.vec),
-          Kind.INJECTIVE, _upsample_linear, operands=("input",)),
+          Kind.INJECTIVE, _upsample_linear, operands=("input",), samples=(
+              *_LINEAR, _resized([25], False, None, shape=_LINE),
+              _resized([25], True, None, shape=_LINE), _resized(None, False, [2.6], shape=_LINE),
+          )),
 )  # fmt: skip

@@ -1,0 +1,1 @@
+"""The Program level and what decides it: groups, layouts, the memory plan."""

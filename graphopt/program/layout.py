@@ -65,6 +65,4 @@ def pack(data: npt.NDArray[Any], layout: str) -> npt.NDArray[Any]:
     n, c, *rest = data.shape
     padded = np.zeros((n, -(-c // block) * block, *rest), data.dtype)
     padded[:, :c] = data
-    return np.ascontiguousarray(
-        np.moveaxis(padded.reshape(n, -1, block, *rest), 2, -1)
-    )
+    return np.ascontiguousarray(np.moveaxis(padded.reshape(n, -1, block, *rest), 2, -1))

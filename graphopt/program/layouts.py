@@ -33,7 +33,7 @@ def assign_layouts(gm: fx.GraphModule, block: int) -> dict[fx.Node, str]:
             continue
         if same_bytes(G.shape(node), wanted, G.shape(node), PLAIN) and node not in returned:
             continue
-        if not any(_likes_blocks(user, layouts, wanted) for user in node.users):
+        if node in returned or not any(_likes_blocks(user, layouts, wanted) for user in node.users):
             layouts[node] = PLAIN
     return layouts
 
@@ -46,9 +46,7 @@ def _likes_blocks(user: fx.Node, layouts: dict[fx.Node, str], wanted: str) -> bo
     return folds or layouts[user] == wanted
 
 
-def _keeps_blocks(
-    node: fx.Node, layouts: dict[fx.Node, str], wanted: str, block: int
-) -> bool:
+def _keeps_blocks(node: fx.Node, layouts: dict[fx.Node, str], wanted: str, block: int) -> bool:
     op = OPS[node.target]
     if len(G.shape(node)) < 3 or not is_float(node):
         return False

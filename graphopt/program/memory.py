@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from graphopt.program.ir import ALIGNMENT
+from graphopt.program.ir import ALIGNMENT, Buffer, Step
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,17 @@ class Lifetime:
     nbytes: int
     first: int
     last: int
+
+
+def lifetimes_of(steps: Sequence[Step], buffers: Mapping[str, Buffer]) -> dict[str, Lifetime]:
+    """From which step to which each arena tensor is needed, by name, in order of first use."""
+    found: dict[str, Lifetime] = {}
+    for i, step in enumerate(steps):
+        for name in step.args:
+            if buffers[name].role == "arena":
+                first = found[name].first if name in found else i
+                found[name] = Lifetime(name, buffers[name].nbytes, first, i)
+    return found
 
 
 def round_up(nbytes: int) -> int:
@@ -54,14 +65,8 @@ def plan_offsets(lifetimes: Sequence[Lifetime]) -> tuple[dict[str, int], int]:
     return offsets, total
 
 
-def largest_live(lifetimes: Sequence[Lifetime], sizes: Mapping[str, int] | None = None) -> int:
+def largest_live(lifetimes: Sequence[Lifetime]) -> int:
     """The largest sum of bytes live at one step: no arena can be smaller."""
-    steps = max((t.last for t in lifetimes), default=-1) + 1
-    return max(
-        (
-            sum(round_up((sizes or {}).get(t.name, t.nbytes))
-                for t in lifetimes if t.first <= step <= t.last)
-            for step in range(steps)
-        ),
-        default=0,
-    )  # fmt: skip
+    steps = range(max((t.last for t in lifetimes), default=-1) + 1)
+    alive = (sum(t.nbytes for t in lifetimes if t.first <= i <= t.last) for i in steps)
+    return max(alive, default=0)
