@@ -224,8 +224,8 @@ def _mean(node: object) -> tuple[fx.Node, tuple[int, ...], tuple[fx.Node, ...]] 
     return a["self"], axes, (node, *nodes)
 
 
-def _is_power(node: object, exponent: float) -> bool:
-    return calls(node, aten.pow.Tensor_Scalar) and node.args[1] == exponent  # type: ignore[union-attr]
+def _is_power(node: Any, exponent: float) -> bool:
+    return calls(node, aten.pow.Tensor_Scalar) and node.args[1] == exponent
 
 
 def _check(_gm: fx.GraphModule, found: Found) -> Refusal | None:

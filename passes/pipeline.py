@@ -18,6 +18,7 @@ from graphopt.passes.fuse_activation import FuseActivation
 from graphopt.passes.fuse_attention import FuseAttention
 from graphopt.passes.fuse_gelu import FuseGelu
 from graphopt.passes.fuse_layer_norm import FuseLayerNorm
+from graphopt.passes.merge_siblings import MergeSiblings
 from graphopt.passes.simplify import Simplify
 
 
@@ -44,9 +45,15 @@ def default_pipeline() -> list[Pass]:
     ]
 
 
+def optional_passes() -> list[Pass]:
+    """What runs only where it is asked for."""
+    return [MergeSiblings()]
+
+
 def all_passes() -> list[Pass]:
     """Every pass once, with its default options, in the order of the default pipeline."""
-    return list({each.name: each for each in default_pipeline()}.values())
+    passes = [*default_pipeline(), *optional_passes()]
+    return list({each.name: each for each in passes}.values())
 
 
 def resolve(passes: Sequence[str | Pass] | None) -> list[Pass]:
