@@ -84,8 +84,6 @@ def lower_direct(request: Request) -> KernelSource | None:
         spec = _one_row(spec)
     elif column:
         spec = _swapped(spec)
-    if not conv_direct.supports(spec):
-        return None
     conv = conv_direct.plan(spec, request.target.isa, request.target.l2_bytes)
     packed = conv_direct.pack_weights(weight, conv)
     source = call["input"]

@@ -120,20 +120,22 @@ class ConvPlan:
         return f"conv_direct {self.channels.size * self.block}×{widest}"
 
 
-def supports(spec: ConvSpec) -> bool:
-    """Whether the generator handles the spec: left and right padding must fit few tiles."""
-    return spec.kernel[1] <= MAX_UNROLLED_KERNEL or not _pads_columns(spec)
-
-
 def _pads_columns(spec: ConvSpec) -> bool:
+    """Whether some kernel column of some pixel falls into the padding."""
     reach = (spec.out_size[1] - 1) * spec.stride[1] + (spec.kernel[1] - 1) * spec.dilation[1]
     return spec.padding[1] > 0 or reach - spec.padding[1] >= spec.in_size[1]
+
+
+def _tests_columns(spec: ConvSpec) -> bool:
+    """Whether the inner loop tests for left and right padding."""
+    return spec.kernel[1] > MAX_UNROLLED_KERNEL and _pads_columns(spec)
 
 
 def row_segments(spec: ConvSpec, pixels: int) -> tuple[Segment, ...]:
     """Cut a row into tiles of at most `pixels`, those at the padding apart."""
     cut = split(spec.out_size[1], pixels)
-    padded = _pads_columns(spec)
+    # A very wide kernel is tested at run time instead: its columns are not unrolled.
+    padded = _pads_columns(spec) and not _tests_columns(spec)
     segments: list[Segment] = []
     start = 0
     for i in range(cut.count):
@@ -273,12 +275,19 @@ def _tile(
     low, high = kernel_rows(spec, row)
     left = column * spec.stride[1] - spec.padding[1]
 
+    tests_columns = _tests_columns(spec)
+
     def step(c: Expr, ih: Expr, base: Expr, kw: Expr, skipped: frozenset[int]) -> None:
         for p in range(pixels):
             if p in skipped:
                 continue
             iw = left + p * spec.stride[1] + kw * spec.dilation[1]
-            x = access.x(n, g * spec.icg + c, ih, iw)
+            if tests_columns:
+                near = tirx.max(0, tirx.min(iw, spec.in_size[1] - 1))
+                inside = tirx.all(iw >= 0, iw < spec.in_size[1])
+                x = tirx.Select(inside, access.x(n, g * spec.icg + c, ih, near), f32(0.0))
+            else:
+                x = access.x(n, g * spec.icg + c, ih, iw)
             for v in range(vectors):
                 with T.vectorized(0, block) as lane:
                     slot = (p * vectors + v) * block + lane
