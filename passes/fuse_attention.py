@@ -34,7 +34,8 @@ class FuseAttention(Pass):
 
     The scale may be a factor or divisor of q, of k or of the scores; there may be several masks,
     added or selected with `where`; the keys may be transposed on their own or together with the
-    heads; the second product may be transposed, `vᵀ · softmaxᵀ`, its result then is, too.
+    heads; the second product may be transposed, `vᵀ · softmaxᵀ`, its result then is, too; and
+    `where(isnan(shares), 0, shares)` may guard against rows without anything to attend to.
 
     Refused where the softmax runs over another axis, where scores or shares are read elsewhere,
     where q, k and v have different batch dimensions or are not float32, where a mask is wider
@@ -103,17 +104,29 @@ def _attention(gm: fx.GraphModule, root: fx.Node) -> Found | None:
     assert isinstance(left, fx.Node)
     assert isinstance(right, fx.Node)
     swap: tuple[fx.Node, ...] = ()
-    softmax, v = left, right
+    shares, v = left, right
     if _swaps_last(right):
-        softmax, v, swap = right.all_input_nodes[0], left, (right,)
+        shares, v, swap = right.all_input_nodes[0], left, (right,)
+    softmax, guard = _guarded(gm, shares)
     if not calls(softmax, aten.softmax.int) or rank(v) < 2:
         return None
     scores = _scores(gm, softmax.args[0])
     if scores is None:
         return None
     q, k = (_operand(gm, side, scores.product) for side in scores.product.args[:2])
-    inner = (*swap, softmax, *scores.inner)
+    inner = (*swap, *guard, softmax, *scores.inner)
     return Found(root, softmax, scores, q, k, v, bool(swap), inner)
+
+
+def _guarded(gm: fx.GraphModule, shares: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
+    """`x` and the nodes around it where the node is where(isnan(x), 0, x), as PyTorch exports."""
+    if calls(shares, aten.where.self):
+        nan, zero, x = shares.args[:3]
+        if calls(nan, aten.isnan.default) and number(gm, zero) == 0 and isinstance(x, fx.Node):
+            assert isinstance(nan, fx.Node)
+            if nan.args[0] is x:
+                return x, (shares, nan)
+    return shares, ()
 
 
 def _swaps_last(node: object) -> bool:

@@ -208,6 +208,22 @@ def test_rows_without_anything_to_attend_to_are_equal_shares() -> None:
     fused(gm, (*values, torch.zeros(L, S, dtype=torch.bool)))
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rows_guarded_against_nan(transposed: bool) -> None:
+    b = Build()
+    q, k, v = b.input(B, H, L, D), b.input(B, H, L, D), b.input(B, H, L, L)
+    mask = b.input(L, L)
+    shares = b.call(softmax, b.call(add, scored(b, q, k), mask), 3)
+    shares = b.call(where, b.call(aten.isnan.default, shares), b.const(0.0), shares)
+    product = (v, b.call(permute, shares, SWAP)) if transposed else (shares, v)
+    gm = b.done(b.call(matmul, *product))
+    random = torch.Generator().manual_seed(2)
+    values = tuple(torch.randn(g.shape(n), generator=random) for n in (q, k, v))
+    closed = torch.full((L, L), MINUS_INFINITY).triu(2)
+    closed[0] = MINUS_INFINITY
+    fused(gm, (*values, closed))
+
+
 def test_selected_and_added_masks() -> None:
     b = Build()
     q, k, v = qkv(b)
