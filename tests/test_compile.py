@@ -190,7 +190,13 @@ def test_two_builds_in_two_processes_are_identical(tmp_path: Path) -> None:
         folder = tmp_path / seed / "out"
         folder.parent.mkdir()
         subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(_BUILD), str(folder), str(Path(__file__).parent)],
+            [
+                sys.executable,
+                "-c",
+                textwrap.dedent(_BUILD),
+                str(folder),
+                str(Path(__file__).parent),
+            ],
             check=True,
             env={**os.environ, "PYTHONHASHSEED": seed},
         )

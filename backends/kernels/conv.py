@@ -213,4 +213,3 @@ def lower_depthwise(request: Request) -> KernelSource | None:
     reads = [node for node in request.reads if node is not call["weight"]]
     return KernelSource(plan.describe(), plan.tasks, spec.flops, emit, reads, (packed,),
                         in_place=same_place(request, taken=[source]))  # fmt: skip
-

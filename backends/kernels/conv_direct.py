@@ -110,9 +110,7 @@ class ConvPlan:
     def tasks(self) -> int:
         """Tasks in all."""
         spec = self.spec
-        return (
-            spec.batch * spec.groups * self.channels.count * spec.out_size[0] * self.row_tasks
-        )
+        return spec.batch * spec.groups * self.channels.count * spec.out_size[0] * self.row_tasks
 
     def describe(self) -> str:
         """For the report."""

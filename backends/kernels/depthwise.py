@@ -64,9 +64,7 @@ def plan(spec: ConvSpec, isa: Isa) -> DepthwisePlan | None:
     return DepthwisePlan(spec, isa.block, segments, rows)
 
 
-def pack_weights(
-    weight: npt.NDArray[Any], depthwise: DepthwisePlan
-) -> npt.NDArray[np.float32]:
+def pack_weights(weight: npt.NDArray[Any], depthwise: DepthwisePlan) -> npt.NDArray[np.float32]:
     """Pack `(C, 1, KH, KW)` to `(⌈C/block⌉, KH, KW, block)`, missing channels zero."""
     block, (kh, kw) = depthwise.block, depthwise.spec.kernel
     channels = weight.shape[0]

@@ -49,11 +49,10 @@ def choose_tile(blocks: int, pixels: int, isa: Isa, block: int) -> Tile:
     broadcast per pixel) and the latency of the dependent adds; tiles must fit the registers.
     """
     width = max(1, block * 4 // isa.vector_bytes)
-    best: tuple[float, int, int] | None = None
+    best: tuple[float, int, int, int] | None = None
     for vectors in range(1, min(blocks, 8) + 1):
         for tile_pixels in range(1, min(pixels, 16) + 1):
-            used = width * vectors * (tile_pixels + 1) + (1 if isa.fma else 2)
-            if used > isa.registers:
+            if not fits(width * vectors, tile_pixels, isa):
                 continue
             time = 0.0
             rows, columns = split(blocks, vectors), split(pixels, tile_pixels)
@@ -63,11 +62,21 @@ def choose_tile(blocks: int, pixels: int, isa: Isa, block: int) -> Tile:
                     (columns.size - 1, columns.count - columns.large),
                 ):
                     time += nv * np_ * step_time(width * v, p, isa)
-            candidate = (time, -tile_pixels, -vectors)
+            # Of equal tiles, the one that needs fewer registers for its inputs.
+            order = tile_pixels if isa.lane_operand else -tile_pixels
+            candidate = (round(time, 6), order, vectors, tile_pixels)
             if best is None or candidate < best:
                 best = candidate
     assert best is not None
-    return Tile(-best[2], -best[1])
+    return Tile(best[2], best[3])
+
+
+def fits(vector_registers: int, pixels: int, isa: Isa) -> bool:
+    """Whether a tile's accumulators, one step's weights and its inputs stay in registers."""
+    # With multiply-adds by lane the compiler loads each pixel's next inputs as a vector.
+    inputs = pixels if isa.lane_operand else 1
+    spare = 0 if isa.fma else 1
+    return vector_registers * (pixels + 1) + inputs + spare <= isa.registers
 
 
 def step_time(vector_registers: int, pixels: int, isa: Isa) -> float:

@@ -30,7 +30,7 @@ from tvm.tirx.script.builder import ir as T
 from graphopt.backends.isa.base import Isa
 from graphopt.backends.kernels.builder import f32, loop, unflatten
 from graphopt.backends.kernels.conv_direct import Accessors, ConvSpec
-from graphopt.backends.kernels.tiling import Split, split, step_time
+from graphopt.backends.kernels.tiling import Split, fits, split, step_time
 from graphopt.ops.math import share
 from graphopt.ops.opdef import Expr
 
@@ -200,11 +200,11 @@ def _register_tile(blocks: int, isa: Isa) -> tuple[int, int]:
     """Vectors and pixels of the fastest register tile whose vectors divide the blocks."""
     width = max(1, isa.block * 4 // isa.vector_bytes)
     best: tuple[float, int, int] | None = None
-    for vectors in range(1, min(4, blocks) + 1):
+    for vectors in range(min(4, blocks), 0, -1):
         if blocks % vectors:
             continue
         for pixels in range(1, 17):
-            if width * vectors * (pixels + 1) + (1 if isa.fma else 2) > isa.registers:
+            if not fits(width * vectors, pixels, isa):
                 break
             time = step_time(width * vectors, pixels, isa) / (vectors * pixels)
             if best is None or time < best[0]:
@@ -230,8 +230,8 @@ def cost(conv: WinogradPlan, isa: Isa, l2_bytes: int) -> float:
     inputs = conv.places * conv.cut.size * conv.in_blocks * conv.block * 4
     passes = conv.out_tiles // conv.at_once
     traffic = weights * conv.cut.count / (_FAR_BYTES if weights > l2_bytes // 2 else _NEAR_BYTES)
-    traffic += inputs * passes * conv.cut.count / (
-        _FAR_BYTES if conv.scratch > l2_bytes else _NEAR_BYTES
+    traffic += (
+        inputs * passes * conv.cut.count / (_FAR_BYTES if conv.scratch > l2_bytes else _NEAR_BYTES)
     )
     side = conv.m + KERNEL - 1
     tiles = conv.cut.count * conv.cut.size
