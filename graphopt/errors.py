@@ -15,6 +15,7 @@ class GraphoptError(Exception):
     """
 
     def __init__(self, what: str, *, where: Sequence[str] = (), hint: str = "") -> None:
+        """See the class for the arguments."""
         self.what = what
         self.where = tuple(where)
         self.hint = hint
@@ -25,11 +26,11 @@ class GraphoptError(Exception):
 
 
 class ModelError(GraphoptError):
-    """The model could not be read or traced: a broken or missing file, control flow, training mode."""
+    """The model cannot be read or traced: a broken or missing file, control flow, training mode."""
 
 
 class UnsupportedError(GraphoptError):
-    """The model uses operators graphopt cannot compile; lists every one of them with its origins."""
+    """The model uses operators graphopt cannot compile; lists all of them with their origins."""
 
 
 class InputError(GraphoptError):

@@ -1,4 +1,4 @@
-"""The Graph level: a `torch.fx.GraphModule` over ATen ops, and the few helpers all code edits it with.
+"""The Graph level: a `torch.fx.GraphModule` over ATen ops, and helpers that all code edits it with.
 
 What every graph at every stage keeps to (the verifier in `graphopt.passes` enforces it):
 

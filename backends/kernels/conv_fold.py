@@ -40,8 +40,8 @@ def pack_weights(weight: npt.NDArray[Any], call: Call, block: int) -> npt.NDArra
 
 
 def _spatial(values: Any, rank: int) -> list[int]:
-    values = [int(v) for v in values]
-    return values * rank if len(values) == 1 else values
+    sizes = [int(v) for v in values]
+    return sizes * rank if len(sizes) == 1 else sizes
 
 
 def lower_fold(request: Request) -> KernelSource | None:
