@@ -1,0 +1,85 @@
+"""Scaled dot-product attention against PyTorch: masks, causal, scale, grouped heads, odd sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+
+from tests.backends.harness import Builder, aten, check, origins
+
+
+def attend(
+    b: Builder, q: tuple[int, ...], k: tuple[int, ...], mask: torch.Tensor | None = None,
+    width: int | None = None, **kwargs: Any,
+) -> fx.Node:  # fmt: skip
+    """Attention over random inputs; `width` is the values' head dimension."""
+    v = (*k[:-1], width or k[-1])
+    return b.op(
+        aten.scaled_dot_product_attention.default,
+        *(b.input(b.random(*shape)) for shape in (q, k, v)),
+        None if mask is None else b.input(mask),
+        **kwargs,
+    )
+
+
+def test_lengths_and_head_dimensions() -> None:
+    b = Builder(1)
+    for length, depth in [(1, 1), (7, 8), (31, 7), (33, 64), (64, 8)]:
+        b.returns(attend(b, (2, 2, length, depth), (2, 2, length, depth)))
+    for queries, keys in [(1, 33), (33, 1), (7, 64), (64, 31)]:
+        b.returns(attend(b, (1, 2, queries, 8), (1, 2, keys, 8), width=5))
+    program = check(b)
+    assert set(origins(program)) == {"attention"}
+
+
+def test_masks() -> None:
+    b = Builder(2)
+    q, k = (2, 3, 7, 8), (2, 3, 33, 8)
+    keep = torch.rand(2, 3, 7, 33, generator=b.generator) > 0.3
+    keep[..., 0] = True
+    for mask in (keep, keep[:, :1, :1], keep[0, 0], keep[:1, :, :1]):
+        b.returns(attend(b, q, k, mask))
+        b.returns(attend(b, q, k, torch.randn(mask.shape, generator=b.generator)))
+        b.returns(attend(b, q, k, torch.where(mask, 0.0, -torch.inf)))
+    check(b)
+
+
+def test_a_row_with_nothing_to_attend_to_gives_zeros() -> None:
+    b = Builder(3)
+    keep = torch.ones(1, 1, 9, 9, dtype=torch.bool)
+    keep[..., 4, :] = False
+    b.returns(attend(b, (1, 2, 9, 8), (1, 2, 9, 8), keep))
+    b.returns(attend(b, (1, 2, 9, 8), (1, 2, 9, 8), torch.where(keep, 0.0, -torch.inf)))
+    check(b)
+
+
+def test_causal_scale_and_grouped_heads() -> None:
+    b = Builder(4)
+    for length in (1, 7, 33, 64):
+        b.returns(attend(b, (2, 2, length, 8), (2, 2, length, 8), is_causal=True))
+    b.returns(attend(b, (1, 2, 7, 8), (1, 2, 33, 8), is_causal=True))
+    b.returns(attend(b, (1, 2, 33, 8), (1, 2, 7, 8), is_causal=True))
+    b.returns(attend(b, (1, 2, 7, 8), (1, 2, 7, 8), scale=0.7))
+    b.returns(attend(b, (2, 6, 9, 8), (2, 2, 9, 8), enable_gqa=True))
+    b.returns(attend(b, (2, 4, 9, 8), (2, 1, 9, 8), enable_gqa=True, is_causal=True))
+    check(b)
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (3, 5, 8), (2, 1, 3, 5, 8)])
+def test_ranks(shape: tuple[int, ...]) -> None:
+    b = Builder(5)
+    y = attend(b, shape, shape)
+    b.returns(b.op(aten.mul.Tensor, y, b.input(b.random(8))))
+    program = check(b)
+    assert origins(program) == ["attention"]
+
+
+@pytest.mark.parametrize(("target", "threads"), [("host", 4), ("x86-64-v2", 1), ("arm", 2)])
+def test_threads_and_other_instruction_sets(target: str, threads: int) -> None:
+    """Threads have scratch memory of their own."""
+    b = Builder(6)
+    b.returns(attend(b, (2, 3, 65, 24), (2, 3, 47, 24)), attend(b, (1, 1, 3, 8), (1, 1, 3, 8)))
+    check(b, target=target, threads=threads)

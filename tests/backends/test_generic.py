@@ -1,0 +1,164 @@
+"""Maps and reductions without a generator of their own: fused chains, broadcasts, moved data."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from graphopt.errors import UnsupportedError
+from tests.backends.harness import Builder, aten, check, compile_and_run, origins
+
+
+def test_chains_with_broadcasts_are_one_kernel() -> None:
+    b = Builder(1)
+    x, row, column = (b.input(b.random(*s)) for s in ((3, 5, 7), (7,), (5, 1)))
+    y = b.op(aten.mul.Tensor, b.op(aten.add.Tensor, x, row), column)
+    y = b.op(aten.where.self, b.op(aten.gt.Scalar, x, 0), y, b.op(aten.tanh.default, x))
+    b.returns(b.op(aten.sub.Tensor, y, b.constant(torch.tensor(0.25))))
+    # What would be computed again for every place it is broadcast to is a kernel of its own.
+    small = b.op(aten.mul.Tensor, b.op(aten.exp.default, row), column)
+    b.returns(
+        b.op(aten.add.Tensor, b.op(aten.sigmoid.default, small), b.input(b.random(2, 1, 5, 7)))
+    )
+    program = check(b)
+    assert len(program.steps) == 4, [step.ops for step in program.steps]
+
+
+def test_mixed_dtypes() -> None:
+    b = Builder(2)
+    x = b.input(b.random(4, 9) * 5)
+    i = b.input(torch.randint(-(2**40), 2**40, (4, 9), generator=b.generator))
+    small = b.input(torch.randint(-9, 9, (9,), dtype=torch.int32, generator=b.generator))
+    flag = b.input(torch.rand(4, 1, generator=b.generator) > 0.5)
+    double = b.input(b.random(4, 9).double())
+    b.returns(
+        b.op(aten.add.Tensor, i, small),
+        b.op(aten.mul.Tensor, x, small),
+        b.op(aten.add.Tensor, double, x),
+        b.op(aten.where.self, flag, x, small),
+        b.op(aten.logical_and.default, flag, b.op(aten.gt.Tensor, x, small)),
+        b.op(aten.mul.Tensor, b.op(aten._to_copy.default, x, dtype=torch.int64), i),
+        b.op(aten.sum.dim_IntList, b.op(aten.gt.Scalar, x, 0.0), [1]),
+        b.op(aten._to_copy.default, flag, dtype=torch.float32),
+        b.op(aten.bitwise_not.default, flag),
+    )
+    check(b)
+
+
+def test_moved_data() -> None:
+    b = Builder(3)
+    x = b.input(b.random(2, 6, 5, 4))
+    y = b.op(aten.permute.default, b.op(aten.slice.Tensor, x, 2, 1, 4), [0, 3, 1, 2])
+    y = b.op(aten.constant_pad_nd.default, b.op(aten.neg.default, y), [1, 0, 2, 1], 3.0)
+    b.returns(y)
+    z = b.op(aten.cat.default, [b.op(aten.relu.default, x), b.op(aten.square.default, x)], 1)
+    b.returns(b.op(aten.slice.Tensor, z, 1, 3, 9), b.op(aten.select.int, z, 1, -1))
+    wide = b.op(aten.expand.default, b.op(aten.select.int, x, 0, 1), [3, 6, 5, 4])
+    b.returns(b.op(aten.mul.Tensor, wide, b.input(b.random(3, 1, 1, 4))))
+    index = b.input(torch.tensor([5, -1, 0]))
+    chosen = b.op(
+        aten.index_select.default, b.op(aten.sin.default, x), 1, b.input(torch.tensor([5, 0]))
+    )
+    b.returns(b.op(aten.add.Tensor, chosen, 1.0))
+    places = b.op(aten.remainder.Scalar, b.op(aten.add.Tensor, index, 6), 6)
+    b.returns(b.op(aten.embedding.default, b.constant(b.random(6, 9)), places))
+    check(b)
+
+
+def test_indices_outside_are_kept_inside() -> None:
+    """PyTorch raises; a library on a board reads the nearest element instead of other memory."""
+    b = Builder(4)
+    x = b.input(torch.arange(5.0))
+    b.returns(b.op(aten.index_select.default, x, 0, b.input(torch.tensor([0, 1, 2, 3]))))
+    gm = b.finish()
+    _, (y,) = compile_and_run(gm, [b.inputs[0], torch.tensor([-1, 99, -99, 2])])
+    assert y.tolist() == [4.0, 4.0, 0.0, 2.0]
+
+
+@pytest.mark.parametrize("channels", [16, 12])
+def test_channel_shuffle_and_other_reshapes_of_blocks(channels: int) -> None:
+    b = Builder(5)
+    x = b.conv(b.input(b.random(2, 3, 5, 4)), channels, (1, 1))
+    y = b.op(aten.reshape.default, x, [2, 2, channels // 2, 5, 4])
+    y = b.op(aten.permute.default, y, [0, 2, 1, 3, 4])
+    y = b.op(aten.reshape.default, y, [2, channels, 5, 4])
+    half = b.op(aten.slice.Tensor, x, 1, 0, channels // 2)
+    rest = b.op(aten.slice.Tensor, x, 1, channels // 2, channels)
+    joined = b.op(aten.cat.default, [b.op(aten.relu.default, half), rest, x], 1)
+    b.returns(b.conv(y, 7, (3, 3)), b.conv(joined, 9, (1, 1)))
+    b.returns(b.op(aten.reshape.default, x, [2, -1]), b.op(aten.permute.default, x, [0, 2, 3, 1]))
+    pooled = b.op(aten.mean.dim, x, [2, 3], True)
+    flat = b.op(aten.reshape.default, pooled, [2, channels])
+    b.returns(b.op(aten.linear.default, flat, b.constant(b.random(5, channels))))
+    b.returns(b.conv(b.op(aten.mul.Tensor, x, b.op(aten.sigmoid.default, pooled)), 3, (1, 1)))
+    check(b)
+
+
+def test_outputs_of_every_kind() -> None:
+    """Inputs, constants, views, one value twice, and a value that is also read."""
+    b = Builder(6)
+    x = b.input(b.random(3, 4))
+    y = b.op(aten.exp.default, x)
+    view = b.op(aten.reshape.default, y, [4, 3])
+    b.returns(x, x, b.constant(b.random(2, 2)), y, y, view, b.op(aten.reshape.default, x, [12]))
+    b.returns(b.op(aten.sqrt.default, view), b.constant(torch.tensor(7)))
+    blocked = b.conv(b.input(b.random(1, 3, 4, 4)), 5, (1, 1))
+    b.returns(blocked, b.conv(blocked, 4, (3, 3)), b.op(aten.reshape.default, blocked, [5, 16]))
+    check(b)
+
+
+def test_scalars_and_single_elements() -> None:
+    b = Builder(7)
+    x, y = b.input(torch.tensor(1.5)), b.input(torch.tensor([[-2.0]]))
+    z = b.op(aten.add.Tensor, b.op(aten.exp.default, x), y)
+    b.returns(z, b.op(aten.mul.Tensor, x, b.constant(torch.tensor([3.0]))))
+    b.returns(b.op(aten.expand.default, x, [2, 3]), b.op(aten.sum.default, z))
+    b.returns(b.op(aten.softmax.int, x, 0), b.op(aten.reshape.default, y, []))
+    b.returns(b.op(aten.cat.default, [b.op(aten.reshape.default, x, [1, 1]), y], 0))
+    b.returns(b.op(aten.mean.default, b.input(b.random(3, 5))))
+    b.returns(b.op(aten.add.Tensor, b.input(torch.tensor(3)), b.input(torch.tensor(True))))
+    check(b)
+
+
+def test_reductions_with_prologue_and_epilogue() -> None:
+    b = Builder(8)
+    x = b.input(b.random(4, 6, 33))
+    for axes, keep in (([2], False), ([1], True), ([0, 2], False), ([0, 1, 2], False)):
+        y = b.op(aten.mean.dim, b.op(aten.square.default, x), axes, keep)
+        b.returns(b.op(aten.sqrt.default, b.op(aten.add.Tensor, y, 1e-3)))
+    program = check(b)
+    assert len(program.steps) == 4, [step.ops for step in program.steps]
+    assert set(origins(program)) == {"reduce"}
+
+
+def test_a_value_read_by_many_is_computed_once() -> None:
+    b = Builder(9)
+    y = b.op(aten.exp.default, b.input(b.random(40, 50)))
+    b.returns(*(b.op(aten.sum.dim_IntList, y, [axis]) for axis in (0, 1)))
+    program = check(b)
+    assert [step.ops for step in program.steps].count(("exp",)) == 1
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_long_rows_and_many_tasks(threads: int) -> None:
+    b = Builder(10)
+    for shape in ((10007,), (3, 4099), (4099, 3), (9, 1, 1031, 1), (2, 3, 5, 7, 11)):
+        x = b.input(b.random(*shape))
+        b.returns(
+            b.op(aten.neg.default, x), b.op(aten.add.Tensor, x, b.input(b.random(*shape[-1:])))
+        )
+    check(b, threads=threads)
+
+
+def test_tensors_without_elements_are_refused() -> None:
+    b = Builder(11)
+    x = b.input(torch.zeros(0, 3, 4, 4))
+    b.returns(b.op(aten.relu.default, b.conv(x, 4, (1, 1))))
+    b.returns(b.op(aten.slice.Tensor, b.input(b.random(4, 5)), 1, 3, 3))
+    with pytest.raises(UnsupportedError, match="hint: give example inputs") as error:
+        check(b)
+    # Each where it begins, not everything that follows.
+    assert [place.split(" (")[0] for place in error.value.where] == [
+        "input x0 has shape", "result of aten::slice.Tensor has shape",
+    ]  # fmt: skip
+    assert "(test)" in error.value.where[1]

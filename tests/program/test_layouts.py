@@ -1,0 +1,76 @@
+"""Which tensors are kept in blocks of channels."""
+
+from __future__ import annotations
+
+import torch
+
+from graphopt import graph as G
+from graphopt.program.layouts import assign_layouts
+from tests.backends.harness import Builder, aten
+
+BLOCK = 8
+BLOCKED = "NCHW8c"
+
+
+def layouts(b: Builder) -> dict[str, str]:
+    gm = b.finish()
+    return {node.name: layout for node, layout in assign_layouts(gm, BLOCK).items()}
+
+
+def test_blocks_between_convolutions_and_plain_at_the_borders() -> None:
+    b = Builder()
+    x = b.input(b.random(1, 3, 8, 8))
+    first = b.conv(x, 16, (3, 3))
+    middle = b.op(aten.relu.default, first)
+    last = b.conv(middle, 16, (3, 3))
+    b.returns(last)
+    found = layouts(b)
+    assert [found[n.name] for n in (x, first, middle, last)] == ["plain", BLOCKED, BLOCKED, "plain"]
+
+
+def test_what_keeps_blocks() -> None:
+    b = Builder()
+    x = b.conv(b.input(b.random(1, 3, 8, 8)), 16, (1, 1))
+    keeping = [
+        b.op(aten.max_pool2d.default, x, [2, 2]),
+        b.op(aten.mean.dim, x, [2, 3], True),
+        b.op(aten.constant_pad_nd.default, x, [1, 1, 1, 1]),
+        b.op(aten.slice.Tensor, x, 1, 8, 16),
+        b.op(aten.slice.Tensor, x, 2, 1, 5),
+        b.op(aten.cat.default, [x, x], 1),
+        b.op(aten.mul.Tensor, x, b.constant(b.random(16, 1, 1))),
+    ]
+    losing = [
+        b.op(aten.slice.Tensor, x, 1, 4, 12),
+        b.op(aten.permute.default, x, [0, 1, 3, 2]),
+        b.op(aten.reshape.default, x, [1, 16, 4, 16]),
+        b.op(aten.softmax.int, x, 1),
+        b.op(aten.gt.Scalar, x, 0),
+        b.op(aten.constant_pad_nd.default, x, [0, 0, 0, 0, 0, 1]),
+    ]
+    for node in (*keeping, *losing):
+        is_float = G.value(node).dtype == torch.float32
+        b.returns(b.conv(node, 4, (1, 1)) if is_float else node)
+    found = layouts(b)
+    assert {n.name for n in keeping if found[n.name] != BLOCKED} == set()
+    assert {n.name for n in losing if found[n.name] != "plain"} == set()
+
+
+def test_padding_channels_are_never_read_past_a_buffer() -> None:
+    """10 channels: an operand with a value per pixel of each has nothing behind the last one."""
+    b = Builder()
+    x = b.conv(b.input(b.random(1, 3, 4, 4)), 10, (1, 1))
+    safe = b.op(aten.mul.Tensor, x, b.constant(b.random(1, 10, 1, 1)))
+    single = b.op(aten.add.Tensor, x, b.input(b.random(1, 1, 4, 4)))
+    past = b.op(aten.add.Tensor, x, b.input(b.random(1, 10, 4, 4)))
+    b.returns(*(b.conv(node, 4, (1, 1)) for node in (safe, single, past)))
+    found = layouts(b)
+    assert [found[n.name] for n in (safe, single, past)] == [BLOCKED, BLOCKED, "plain"]
+
+
+def test_plain_at_once_where_no_reader_wants_blocks() -> None:
+    b = Builder()
+    x = b.op(aten.relu.default, b.conv(b.input(b.random(1, 3, 4, 4)), 16, (1, 1)))
+    b.returns(b.op(aten.reshape.default, x, [16, 16]))
+    found = layouts(b)
+    assert set(found.values()) == {"plain"}
