@@ -111,6 +111,8 @@ def classify(builds: list[Build], console: Console) -> None:
         with graphopt.load(build.artifact.folder) as model:
             # Emulated runs are programs of their own, so they can share out the cores.
             workers = len(os.sched_getaffinity(0))
+            slow = "" if build.target == "host" else ", under an emulator: some seconds each"
+            console.print(f"classifying {len(images)} photos for {build.target}{slow}")
             with (
                 console.status(f"classifying with the library for {build.target}"),
                 ThreadPoolExecutor(workers) as pool,
