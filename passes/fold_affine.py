@@ -47,7 +47,8 @@ class FoldAffine(Pass):
 
     Constants are numbers, or tensors with one value for each channel of the layer. Refused where
     the value between is read elsewhere, the constant varies along other dimensions, weights are
-    not constant, a large weight is shared, or a shift would have to reach zero padding.
+    not constant, a large weight is shared, or a shift would have to reach zero padding. In
+    that case the scale stays as well: `x + b/s` with s in the weights is no faster than `x·s + b`.
 
     Attributes:
         copy_limit: a shared weight of at most this many bytes is folded in a copy.
