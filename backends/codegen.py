@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import tvm
+import tvm_ffi
 from tvm import s_tir, tirx
 
 from graphopt.backends.target import Target
+from graphopt.ops.math import dtype_of
 from graphopt.program.ir import Program
 
 
@@ -47,6 +49,36 @@ def _lowering() -> Any:
     return tvm.ir.transform.Sequential(passes)
 
 
+def _bindings_to_memory(func: Any) -> Any:
+    """Let every bound float or vector live in a local buffer of one element.
+
+    TVM's LLVM generator hands each binding to its simplifier, which puts the values into one another
+    again and again: a chain of two transcendental functions took most of a minute. LLVM turns the
+    buffers back into registers.
+    """
+    homes: dict[Any, Any] = {}
+
+    def collect(bind: Any) -> None:
+        dtype = dtype_of(bind.var)
+        if "x" in dtype or dtype.startswith("float"):
+            homes[bind.var] = tirx.decl_buffer((1,), dtype, bind.var.name, scope="local")
+
+    def store(bind: Any) -> Any:
+        home = homes.get(bind.var)
+        return bind if home is None else tirx.BufferStore(home, bind.value, [0])
+
+    def load(var: Any) -> Any:
+        home = homes.get(var)
+        return var if home is None else home[0]
+
+    tvm_ffi.structural_walk(func.body, (tirx.Bind, collect))
+    if not homes:
+        return func
+    body = tvm_ffi.structural_map(func.body, [(tirx.Bind, store), (tirx.Var, load)], order="pre")
+    allocations = [tirx.AllocBuffer(home) for home in homes.values()]
+    return func.with_body(tirx.SeqStmt([*allocations, body]))
+
+
 def build_module(program: Program, target: Target) -> Any:
     """Compile every kernel of the program; gives TVM's module (its source can be inspected)."""
     description = llvm_target(target)
@@ -58,6 +90,9 @@ def build_module(program: Program, target: Target) -> Any:
         )
     with tvm.transform.PassContext(config={"tirx.disable_assert": True}):
         module = _lowering()(tvm.IRModule(functions))
+    module = tvm.IRModule(
+        {name: _bindings_to_memory(func) for name, func in module.functions.items()}
+    )
     return tvm.get_global_func("target.build.llvm")(module, description)
 
 

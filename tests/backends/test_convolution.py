@@ -155,3 +155,13 @@ def test_nan_in_padding_channels_stays_there() -> None:
     y = b.op(aten.log.default, b.op(aten.abs.default, x))
     b.returns(b.conv(y, 6, (1, 1)), b.op(aten.mean.dim, y, [2, 3], True))
     check(b)
+
+
+def test_chains_of_transcendental_functions_compile_at_once() -> None:
+    """TVM's simplifier took a minute over two of these before bindings became local buffers."""
+    b = Builder(9)
+    x = b.conv(b.input(b.random(1, 3, 6, 7)), 8, (1, 1))
+    for name in ("tanh", "exp", "sigmoid", "log1p", "softplus", "gelu", "silu"):
+        x = b.op(getattr(aten, name).default, x)
+    b.returns(x)
+    check(b)
