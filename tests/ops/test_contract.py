@@ -111,12 +111,12 @@ def _group(op: OpDef) -> str:
 
 
 def _same(b: Builder, x: fx.Node) -> fx.Node:
-    """A 1×1 convolution that changes nothing but the layout."""
+    """A depthwise convolution by 1 that changes nothing but the layout; quickly compiled."""
     channels, rank = G.shape(x)[1], len(G.shape(x)) - 2
-    weight = b.constant(torch.eye(channels).reshape(channels, channels, *[1] * rank))
+    weight = b.constant(torch.ones(channels, 1, *[1] * rank))
     return b.op(
         aten.convolution.default, x, weight, None, [1] * rank, [0] * rank, [1] * rank, False,
-        [0] * rank, 1,
+        [0] * rank, channels,
     )  # fmt: skip
 
 
