@@ -52,9 +52,9 @@ def _lowering() -> Any:
 def _bindings_to_memory(func: Any) -> Any:
     """Let every bound float or vector live in a local buffer of one element.
 
-    TVM's LLVM generator hands each binding to its simplifier, which puts the values into one another
-    again and again: a chain of two transcendental functions took most of a minute. LLVM turns the
-    buffers back into registers.
+    TVM's LLVM generator hands each binding to its simplifier, which puts the values into one
+    another again and again: a chain of two transcendental functions took most of a minute.
+    LLVM turns the buffers back into registers.
     """
     homes: dict[Any, Any] = {}
 
