@@ -122,7 +122,7 @@ def test_report_as_text_and_as_data(compiled: graphopt.Compiled) -> None:
         assert wanted in text
     data = compiled.report.as_dict()
     json.dumps(data)
-    assert [p["name"] for p in data["passes"]][0] == "canonicalize"
+    assert next(p["name"] for p in data["passes"]) == "canonicalize"
     assert {"arena", "weights"} <= set(data["memory"])
 
 

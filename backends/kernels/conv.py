@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from graphopt.backends.kernels import conv_direct, depthwise, winograd
+from graphopt.backends.kernels import conv_direct, depthwise, winograd, winograd_plan
 from graphopt.backends.kernels.base import (
     KernelSource,
     Request,
@@ -126,15 +126,15 @@ def lower_winograd(request: Request) -> KernelSource | None:
     call = request.call
     spec = spec_of(call)
     weight = request.constant(call["weight"])
-    if spec is None or weight is None or not winograd.supports(spec):
+    if spec is None or weight is None or not winograd_plan.supports(spec):
         return None
     source = call["input"]
     layout = request.spec(source).layout
     if layout == PLAIN or request.spec(request.root).layout != layout:
         return None
     isa, l2_bytes = request.target.isa, request.target.l2_bytes
-    best = winograd.plan(spec, isa, l2_bytes)
-    if winograd.cost(best, isa, l2_bytes) >= winograd.direct_cost(spec, isa, l2_bytes):
+    best = winograd_plan.plan(spec, isa, l2_bytes)
+    if winograd_plan.cost(best, isa, l2_bytes) >= winograd_plan.direct_cost(spec, isa, l2_bytes):
         return None
     packed = winograd.pack_weights(weight, best)
 

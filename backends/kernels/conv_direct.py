@@ -26,6 +26,7 @@ from tvm.tirx.script.builder import ir as T
 from graphopt.backends.isa.base import Isa
 from graphopt.backends.kernels.builder import f32, loop, unflatten
 from graphopt.backends.kernels.tiling import Split, Tile, choose_tile, split
+from graphopt.ops.math import share
 from graphopt.ops.opdef import Expr
 
 MAX_UNROLLED_KERNEL = 11
@@ -281,7 +282,8 @@ def _tile(
                 continue
             iw = left + p * spec.stride[1] + kw * spec.dilation[1]
             if tests_columns:
-                near = tirx.max(0, tirx.min(iw, spec.in_size[1] - 1))
+                # Shared, or TVM drops the clamp where `inside` implies it; the load runs anyway.
+                near = share(tirx.max(0, tirx.min(iw, spec.in_size[1] - 1)))
                 inside = tirx.all(iw >= 0, iw < spec.in_size[1])
                 x = tirx.Select(inside, access.x(n, g * spec.icg + c, ih, near), f32(0.0))
             else:

@@ -8,7 +8,7 @@ import torch
 from tvm import tirx
 
 from graphopt import graph as G
-from graphopt.ops.math import dtype_of
+from graphopt.ops.math import dtype_of, share
 from graphopt.ops.opdef import Call, Expr, Index, Kind, OpDef, Reader, Sample, broadcast_index
 from graphopt.ops.scalar import to_dtype
 
@@ -79,7 +79,8 @@ def _wrap(place: Expr, extent: int) -> Expr:
     """
     place = tirx.Cast("int32", place)
     place = tirx.Select(place < 0, place + extent, place)
-    return tirx.max(0, tirx.min(place, extent - 1))
+    # Shared, so that no comparison around the load can talk TVM out of the clamp.
+    return share(tirx.max(0, tirx.min(place, extent - 1)))
 
 
 def _index_select(call: Call, x: Reader, indices: Reader, index: Index) -> Expr:

@@ -20,6 +20,11 @@ _MAX_NODES = 48
 _MAX_HEAVY = 6
 """Transcendental functions in one group; keeps registers and compile time bounded."""
 
+_GUARDS = ("pad", "cat")
+_MOVES = ("permute", "expand", "slice", "select", "reshape", "clone")
+"""A guard reads its operand only where there is one. What is fused behind it must be one
+expression: functions and gathers bind values first, and those reads would happen everywhere."""
+
 _HEADS = (Kind.ANCHOR, Kind.REDUCTION)
 
 
@@ -130,6 +135,8 @@ def _may_join(
         # The group already has an anchor from another operand: the map would be an epilogue's
         # operand, computed where it is read.
         return _cheap(other) and G.shape(operand) == G.shape(node)
+    if OPS[node.target].name in _GUARDS and not _only_moves(other):
+        return False
     if kind is Kind.REDUCTION:
         folds_axes = OPS[node.target].name in ("mean", "sum", "amax", "amin", "prod")
         return folds_axes and layouts[operand] == layouts[_first_read(other, operand)]
@@ -144,6 +151,11 @@ def _first_read(group: NodeGroup, default: fx.Node) -> fx.Node:
             if operand not in inside and operand.op != "get_attr":
                 return operand
     return default
+
+
+def _only_moves(group: NodeGroup) -> bool:
+    """Whether every node of the group reads one element at a place known from its index."""
+    return all(OPS[member.target].name in _MOVES for member in group.nodes)
 
 
 def _cheap(group: NodeGroup) -> bool:

@@ -60,9 +60,11 @@ class Builder:
     def returns(self, *nodes: fx.Node) -> None:
         self.returned.extend(nodes)
 
-    def conv(self, x: fx.Node, channels: int, kernel: tuple[int, ...], *, stride: int | list[int] = 1,
-             padding: int | list[int] = 0, dilation: int | list[int] = 1, groups: int = 1,
-             bias: bool = True) -> fx.Node:  # fmt: skip
+    def conv(
+        self, x: fx.Node, channels: int, kernel: tuple[int, ...], *, stride: int | list[int] = 1,
+        padding: int | list[int] = 0, dilation: int | list[int] = 1, groups: int = 1,
+        bias: bool = True,
+    ) -> fx.Node:  # fmt: skip
         """A convolution with random weights of a sensible size."""
         rank = len(kernel)
         weight = self.random(channels, G.shape(x)[1] // groups, *kernel)

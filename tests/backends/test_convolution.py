@@ -1,4 +1,4 @@
-"""Convolutions of every kind against PyTorch: odd sizes, tails, groups, strides, dilations, batches."""
+"""Convolutions of every kind against PyTorch: odd sizes, groups, strides, dilations, batches."""
 
 from __future__ import annotations
 

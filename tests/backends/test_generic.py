@@ -162,3 +162,19 @@ def test_tensors_without_elements_are_refused() -> None:
         "input x0 has shape", "result of aten::slice.Tensor has shape",
     ]  # fmt: skip
     assert "(test)" in error.value.where[1]
+
+
+def test_what_pads_and_concatenations_guard_is_not_read_elsewhere() -> None:
+    """Functions and gathers bind values ahead of the guard: they get kernels of their own."""
+    b = Builder(12)
+    x = b.input(b.random(2, 3, 5, 7))
+    y = b.op(aten.sigmoid.default, x)
+    b.returns(b.op(aten.constant_pad_nd.default, y, [1, 2, 3, 4], 1.5))
+    moved = b.op(aten.permute.default, x, [0, 1, 2, 3])
+    b.returns(b.op(aten.cat.default, [b.op(aten.exp.default, x), moved], 2))
+    places = b.input(torch.tensor([1, 6, 0]))
+    chosen = b.op(aten.index_select.default, x, 3, places)
+    b.returns(b.op(aten.constant_pad_nd.default, chosen, [1, 1], 0.5))
+    program = check(b)
+    guarded = [step.ops for step in program.steps if {"pad", "cat"} & set(step.ops)]
+    assert all(not {"sigmoid", "exp", "index_select"} & set(ops) for ops in guarded)

@@ -11,9 +11,9 @@ from graphopt.backends.target import get_target
 from graphopt.runtime.artifact import Artifact
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runners are cached for this session only."""
+    """Runners are cached for these tests only; the models' cache is left to the others."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRAPHOPT_CACHE", str(folder))
