@@ -36,10 +36,11 @@ _SERIAL_WORK = 50_000
 class _Lowering:
     """State of one lowering: buffers, kernels and steps so far."""
 
-    def __init__(self, gm: fx.GraphModule, target: Target, name: str) -> None:
+    def __init__(self, gm: fx.GraphModule, target: Target, name: str, winograd: bool) -> None:
         self.gm = gm
         self.target = target
         self.name = name
+        self.winograd = winograd
         self.layouts = assign_layouts(gm, target.isa.block)
         self.buffers: dict[str, Buffer] = {}
         self.home: dict[fx.Node, str] = {}
@@ -148,6 +149,7 @@ class _Lowering:
             target=self.target,
             spec=self.spec,
             constant=self.value_of,
+            winograd=self.winograd,
         )
 
     def scalar(self, node: fx.Node) -> bool | int | float | None:
@@ -205,8 +207,14 @@ class _Lowering:
         return kernel
 
 
-def lower(gm: fx.GraphModule, target: Target, name: str) -> Program:
+def lower(gm: fx.GraphModule, target: Target, name: str, *, winograd: bool = True) -> Program:
     """Lower a verified graph to a Program for a target.
+
+    Args:
+        gm: the graph; it is not changed.
+        target: what to build for.
+        name: the library's name.
+        winograd: whether 3×3 convolutions may be computed by Winograd's algorithm.
 
     Raises:
         UnsupportedError: listing every operator without a kernel.
@@ -214,7 +222,7 @@ def lower(gm: fx.GraphModule, target: Target, name: str) -> Program:
     check_supported(gm)
     gm = _with_own_outputs(gm)
     outputs = list(G.outputs(gm))
-    state = _Lowering(gm, target, name)
+    state = _Lowering(gm, target, name, winograd)
     for node, label in zip(G.placeholders(gm), gm.meta["input_names"], strict=True):
         state.home[node] = state.add_buffer(label, state.spec(node), "input")
     output_names: dict[fx.Node, str] = {}

@@ -112,6 +112,10 @@ def compile_command(
         str | None,
         typer.Option(metavar="A,B", help="Run these passes only: see `graphopt passes`."),
     ] = None,
+    winograd: Annotated[
+        bool,
+        typer.Option(help="Let 3×3 convolutions use Winograd: faster, but larger weights."),
+    ] = True,
     cc: Annotated[str | None, typer.Option(help="C compiler to link with.")] = None,
     report: Annotated[bool, typer.Option(help="Print all that was done to the model.")] = False,
     as_json: Json = False,
@@ -135,6 +139,7 @@ def compile_command(
             passes=None if passes is None else [each for each in passes.split(",") if each],
             threads=threads,
             name=name,
+            winograd=winograd,
             cc=cc,
             progress=progress,
         )

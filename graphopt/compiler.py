@@ -130,6 +130,7 @@ def compile(
     passes: Sequence[str | Pass] | None = None,
     threads: int | None = None,
     name: str = "model",
+    winograd: bool = True,
     cc: CompilerName | None = None,
     progress: Progress | None = None,
 ) -> Compiled:
@@ -146,6 +147,9 @@ def compile(
         threads: default number of threads of the library (None: 1); a program that uses it can
             choose another when it creates a context.
         name: prefix of all the library's symbols and files, a C identifier.
+        winograd: whether 3×3 convolutions may use Winograd's algorithm where it is estimated to be
+            faster. It rounds differently (error up to about 2e-6 of a layer's largest output, where
+            direct convolution has 5e-7) and its weights take up to four times the flash.
         cc: C compiler to link with, for example `aarch64-linux-gnu-gcc`; by default graphopt finds
             one (`GRAPHOPT_CC_<ARCH>`, the system's, PyPI's ziglang).
         progress: is told each stage as it begins.
@@ -176,7 +180,7 @@ def compile(
         with stage("passes"):
             records = run_passes(graph, todo, Context())
         with stage("lower"):
-            program = lower(graph, chosen, name)
+            program = lower(graph, chosen, name, winograd=winograd)
         with stage("codegen"):
             kernels = compile_kernels(program, chosen)
     report = Report(name, replace(chosen), tuple(records), program, seconds)

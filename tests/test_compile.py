@@ -219,3 +219,16 @@ def test_a_killed_build_leaves_no_output(tmp_path: Path, seconds: float) -> None
         process.wait()
     # Either it was killed and there is nothing, or it was done and all is there.
     assert not folder.exists() or len(list(folder.iterdir())) == 5
+
+
+def test_winograd_can_be_refused() -> None:
+    """Without it the weights are no larger than the model's, padded to whole blocks."""
+    model = nn.Sequential(nn.Conv2d(3, 32, 1), nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 8, 1))
+    x = torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    fast = graphopt.compile(model.eval(), x)
+    small = graphopt.compile(model.eval(), x, winograd=False)
+    kinds = [[step.kernel.origin.split()[0] for step in c.program.steps] for c in (fast, small)]
+    assert kinds[0][1] == "winograd"
+    assert "winograd" not in kinds[1]
+    assert small.program.weights < fast.program.weights / 2
+    close(small(x).numpy(), model(x).detach().numpy())

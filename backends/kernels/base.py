@@ -31,6 +31,7 @@ class Request:
         target: what to build for.
         spec: how a node's memory looks.
         constant: the value of a constant node, or None.
+        winograd: whether Winograd convolution may be used.
     """
 
     anchor: fx.Node
@@ -40,6 +41,7 @@ class Request:
     target: Target
     spec: Callable[[fx.Node], BufferSpec]
     constant: Callable[[Any], npt.NDArray[Any] | None]
+    winograd: bool = True
 
     @property
     def call(self) -> Call:

@@ -126,7 +126,9 @@ def lower_winograd(request: Request) -> KernelSource | None:
     call = request.call
     spec = spec_of(call)
     weight = request.constant(call["weight"])
-    if spec is None or weight is None or not winograd_plan.supports(spec):
+    if spec is None or weight is None or not request.winograd:
+        return None
+    if not winograd_plan.supports(spec):
         return None
     source = call["input"]
     layout = request.spec(source).layout

@@ -110,6 +110,18 @@ def _cat(node: fx.Node, layouts: dict[fx.Node, str], wanted: str, block: int) ->
     return dim != 1 or all(G.shape(part)[1] % block == 0 for part in parts[:-1])
 
 
+def _regroup(node: fx.Node, layouts: dict[fx.Node, str], wanted: str, block: int) -> bool:
+    """A channel shuffle before a depthwise convolution, which only works on blocks."""
+    return len(G.shape(node)) == 4 and any(
+        user.op == "call_function"
+        and OPS[user.target].name == "convolution"
+        and Call(user)["input"] is node
+        and Call(user)["groups"] > 1
+        and Call(user).shape_of("weight")[1] == 1
+        for user in node.users
+    )
+
+
 _RULES: dict[str, Rule] = {
     "convolution": _always,
     "max_pool2d": _follow,
@@ -125,4 +137,6 @@ _RULES: dict[str, Rule] = {
     "slice": _slice,
     "cat": _cat,
     "clone": _follow,
+    "reshape": _regroup,
+    "permute": _regroup,
 }

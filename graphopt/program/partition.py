@@ -25,6 +25,9 @@ _MOVES = ("permute", "expand", "slice", "select", "reshape", "clone")
 """A guard reads its operand only where there is one. What is fused behind it must be one
 expression: functions and gathers bind values first, and those reads would happen everywhere."""
 
+_READERS = ("attention",)
+"""Anchors that read their operands through permutes and slices instead of waiting for a copy."""
+
 _HEADS = (Kind.ANCHOR, Kind.REDUCTION)
 
 
@@ -80,7 +83,7 @@ def partition(gm: fx.GraphModule, layouts: Mapping[fx.Node, str]) -> list[NodeGr
         group = NodeGroup(node, [node], node if kind in _HEADS else None, kind is Kind.VIEW)
         group_of[node] = group
         groups[id(group)] = group
-        if kind is Kind.VIEW or kind is Kind.ANCHOR:
+        if kind is Kind.VIEW or (kind is Kind.ANCHOR and OPS[node.target].name not in _READERS):
             continue
         operands = list(dict.fromkeys(tensor_operands(node)))
         for operand in sorted(operands, key=lambda n: _rank(group_of.get(n)), reverse=True):
@@ -135,6 +138,9 @@ def _may_join(
         # The group already has an anchor from another operand: the map would be an epilogue's
         # operand, computed where it is read.
         return _cheap(other) and G.shape(operand) == G.shape(node)
+    if kind is Kind.ANCHOR:
+        # Rows stay contiguous: the last axis may not move.
+        return _only_moves(other) and all(_keeps_last_axis(member) for member in other.nodes)
     if OPS[node.target].name in _GUARDS and not _only_moves(other):
         return False
     if kind is Kind.REDUCTION:
@@ -151,6 +157,14 @@ def _first_read(group: NodeGroup, default: fx.Node) -> fx.Node:
             if operand not in inside and operand.op != "get_attr":
                 return operand
     return default
+
+
+def _keeps_last_axis(node: fx.Node) -> bool:
+    call = Call(node)
+    rank = len(call.shape)
+    if OPS[node.target].name == "permute":
+        return bool(call["dims"][-1] % rank == rank - 1)
+    return OPS[node.target].name == "slice" and call["step"] == 1
 
 
 def _only_moves(group: NodeGroup) -> bool:
