@@ -11,8 +11,8 @@ _FMA_LATENCY = 4
 _MULTIPLY_ADDS = 2
 """Vector multiply-adds per cycle; true of every core in the target list but the A53."""
 _LOADS = 1.5
-"""Loads per cycle that kernels reach in practice: 8×12 tiles, one load for each multiply-add, ran at
-0.7 of the peak where 16×4 and 16×6 ran at 0.98."""
+"""Loads per cycle that kernels reach in practice: 8×12 tiles, one load for each multiply-add, ran
+at 0.7 of the peak where 16×4 and 16×6 ran at 0.98."""
 
 
 @dataclass(frozen=True)
