@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -60,6 +61,17 @@ def _swapped(spec: ConvSpec) -> ConvSpec:
     return replace(spec, **flip)
 
 
+def _place(rank: int, swapped: bool) -> Callable[[Expr, Expr, Expr, Expr], Index]:
+    """The tensor's index of (n, channel, row, column) of the spec."""
+
+    def index(n: Expr, c: Expr, h: Expr, w: Expr) -> Index:
+        if rank == 3:
+            return (n, c, w)
+        return (n, c, w, h) if swapped else (n, c, h, w)
+
+    return index
+
+
 def _one_row(spec: ConvSpec) -> ConvSpec:
     """A pointwise convolution as a single row of pixels."""
     pixels = (1, spec.in_size[0] * spec.in_size[1])
@@ -91,10 +103,7 @@ def lower_direct(request: Request) -> KernelSource | None:
     block = block_of(out_spec.layout)
     in_blocks = block is not None and (spec.groups == 1 or spec.ocg % block == 0)
 
-    def index(n: Expr, c: Expr, h: Expr, w: Expr) -> Index:
-        if rank == 3:
-            return (n, c, w)
-        return (n, c, w, h) if column else (n, c, h, w)
+    index = _place(rank, column)
 
     def emit(
         task: Expr, views: dict[fx.Node, View], constants: list[Any], out: View, group: Group,
@@ -193,10 +202,7 @@ def lower_depthwise(request: Request) -> KernelSource | None:
         return None
     packed = depthwise.pack_weights(weight, plan)
 
-    def index(n: Expr, c: Expr, h: Expr, w: Expr) -> Index:
-        if rank == 3:
-            return (n, c, w)
-        return (n, c, w, h) if column else (n, c, h, w)
+    index = _place(rank, column)
 
     def emit(
         task: Expr, views: dict[fx.Node, View], constants: list[Any], out: View, group: Group,

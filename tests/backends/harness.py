@@ -13,7 +13,7 @@ from torch import fx
 from graphopt import graph as G
 from graphopt.backends.codegen import compile_kernels
 from graphopt.backends.lower import lower
-from graphopt.backends.target import get_target
+from graphopt.backends.target import Target, get_target
 from graphopt.program.ir import Program
 from graphopt.runtime.artifact import build_artifact
 from graphopt.runtime.load import load
@@ -85,7 +85,7 @@ class Builder:
 
 
 def compile_and_run(
-    gm: fx.GraphModule, inputs: list[torch.Tensor], target: str = "host", threads: int = 1
+    gm: fx.GraphModule, inputs: list[torch.Tensor], target: str | Target = "host", threads: int = 1
 ) -> tuple[Program, list[np.ndarray]]:
     """Lower, build, load and run; gives the program and the outputs."""
     chosen = get_target(target)
@@ -99,7 +99,7 @@ def compile_and_run(
 
 
 def check(
-    builder: Builder, *, tolerance: float = 2e-6, target: str = "host", threads: int = 1
+    builder: Builder, *, tolerance: float = 2e-6, target: str | Target = "host", threads: int = 1
 ) -> Program:
     """Compile the graph and compare every output with PyTorch.
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from platform import machine
+
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from graphopt import graph as G
+from graphopt.backends.isa.avx512 import AVX512
+from graphopt.backends.target import get_target
 from tests.backends.harness import Builder, aten, check, origins
 
 
@@ -135,6 +140,21 @@ def test_other_instruction_sets(target: str) -> None:
     z = b.op(aten.add.Tensor, y, b.conv(y, 20, (3, 3), padding=1, groups=20))
     b.returns(b.conv(z, 13, (1, 1)))
     check(b, target=target, tolerance=4e-6)
+
+
+def test_blocks_of_sixteen() -> None:
+    """AVX-512's layout and tiles, compiled for AVX2: LLVM halves the vectors, so it runs here."""
+    b = Builder(10)
+    x = b.input(b.random(2, 3, 29, 27))
+    y = b.op(aten.relu.default, b.conv(x, 40, (3, 3), stride=2, padding=1))
+    z = b.op(aten.add.Tensor, y, b.conv(y, 40, (3, 3), padding=1, groups=40))
+    w = b.conv(b.op(aten.silu.default, b.conv(z, 64, (3, 3), padding=1)), 64, (3, 3), padding=1)
+    pooled = b.op(aten.mean.dim, w, [2, 3], True)
+    b.returns(b.conv(w, 13, (1, 1)), b.conv(pooled, 19, (1, 1)))
+    target = replace(get_target("x86-64-v3" if machine() == "x86_64" else "arm"), isa=AVX512)
+    program = check(b, target=target, tolerance=1e-5)
+    assert {"depthwise", "winograd"} <= set(origins(program))
+    assert "NCHW16c" in {buffer.layout for buffer in program.buffers.values()}
 
 
 def test_sharing_one_kernel_between_equal_layers() -> None:
