@@ -251,7 +251,9 @@ def _with_own_outputs(gm: fx.GraphModule) -> fx.GraphModule:
     fresh: list[fx.Node] = []
     for node in returned:
         computed = node.op == "call_function" and OPS[node.target].kind is not Kind.VIEW
-        if computed and node not in seen:
+        # A tensor that kernels read too may be blocked for them; the caller's copy is row-major.
+        shared = bool(node.users) and len(G.shape(node)) >= 3
+        if computed and not shared and node not in seen:
             seen.add(node)
             fresh.append(node)
             continue

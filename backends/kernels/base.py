@@ -69,6 +69,12 @@ class Request:
                     found[operand] = None
         return [node for node in found if node in self.reads]
 
+    def reads_without(self, packed: fx.Node) -> list[fx.Node]:
+        """What the kernel reads when `packed` is a constant of its own, unless the epilogue reads
+        it too."""
+        beside = self.epilogue_reads()
+        return [node for node in self.reads if node is not packed or node in beside]
+
 
 @dataclass(frozen=True)
 class KernelSource:

@@ -125,7 +125,7 @@ def lower_direct(request: Request) -> KernelSource | None:
         conv_direct.emit(conv, task, constants[0], access)
 
     in_place = same_place(request, taken=[source])
-    reads = [node for node in request.reads if node is not call["weight"]]
+    reads = request.reads_without(call["weight"])
     return KernelSource(conv.describe(), conv.tasks, spec.flops, emit, reads, (packed,),
                         in_place=in_place)  # fmt: skip
 
@@ -163,7 +163,7 @@ def lower_winograd(request: Request) -> KernelSource | None:
         )
         winograd.emit(best, task, constants[0], scratch, access)
 
-    reads = [node for node in request.reads if node is not call["weight"]]
+    reads = request.reads_without(call["weight"])
     return KernelSource(best.describe(), best.tasks, spec.flops, emit, reads, (packed,),
                         scratch=best.scratch,
                         in_place=same_place(request, taken=[source]))  # fmt: skip
@@ -218,6 +218,6 @@ def lower_depthwise(request: Request) -> KernelSource | None:
         )
         depthwise.emit(plan, task, constants[0], access)
 
-    reads = [node for node in request.reads if node is not call["weight"]]
+    reads = request.reads_without(call["weight"])
     return KernelSource(plan.describe(), plan.tasks, spec.flops, emit, reads, (packed,),
                         in_place=same_place(request, taken=[source]))  # fmt: skip

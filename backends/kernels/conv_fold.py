@@ -90,7 +90,7 @@ def lower_fold(request: Request) -> KernelSource | None:
 
     space = generic.space_of(*_shape_and_layout(request))
     flops = 2 * prod(call.shape) * icg * prod(taps.box)
-    reads = [node for node in request.reads if node is not call["weight"]]
+    reads = request.reads_without(call["weight"])
     return KernelSource("conv_fold", generic.tasks_of(space), flops, emit, reads, (packed,))
 
 

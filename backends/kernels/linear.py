@@ -82,8 +82,7 @@ def lower_linear(request: Request) -> KernelSource | None:
         )
         conv_direct.emit(conv, task, constants[0], access)
 
-    beside = request.epilogue_reads()
-    reads = [node for node in request.reads if node is not weight_node or node in beside]
+    reads = request.reads_without(weight_node)
     origin = conv.describe().replace("conv_direct", "gemm")
     return KernelSource(origin, conv.tasks, spec.flops, emit, reads, (packed,),
                         in_place=same_place(request, taken=[source]))  # fmt: skip

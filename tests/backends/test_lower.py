@@ -225,3 +225,15 @@ def test_small_steps_stay_on_one_thread() -> None:
     steps = {program.buffers[step.writes[0]].shape: step for step in program.steps}
     assert steps[8, 8].grain == steps[8, 8].tasks
     assert steps[512, 512].grain < steps[512, 512].tasks / 4
+
+
+def test_what_the_caller_gets_is_not_read_by_blocked_kernels() -> None:
+    """A returned tensor of 10 channels has no padding channels behind it that a kernel may read."""
+    b = Builder(20)
+    y = b.conv(b.input(b.random(2, 3, 9, 7)), 10, (1, 1))
+    z = b.op(aten.relu.default, y)
+    pooled = b.op(aten.max_pool2d.default, y, [2, 2], [2, 2], [0, 0], [1, 1], False)
+    b.returns(y, b.conv(z, 4, (3, 3)), b.conv(pooled, 5, (1, 1)))
+    program = check(b)
+    owned = {name for name, buffer in program.buffers.items() if buffer.role == "output"}
+    assert not owned & {name for step in program.steps for name in step.reads}
