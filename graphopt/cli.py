@@ -6,10 +6,11 @@ progress and errors to standard error. Exit status: 0, 1 for an error, 2 for a w
 
 from __future__ import annotations
 
+import json
 import math
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -17,11 +18,13 @@ from typer.core import TyperGroup
 from graphopt.cli_output import (
     Progress,
     fail,
+    kind_table,
+    place_text,
     print_json,
-    profile_table,
     shape_text,
     stderr_console,
     stdout_console,
+    step_table,
     table_of,
 )
 from graphopt.errors import ArtifactError, GraphoptError
@@ -29,9 +32,10 @@ from graphopt.errors import ArtifactError, GraphoptError
 # Nothing here imports numpy, torch or tvm at the top: `graphopt targets` and `--help` stay quick.
 if TYPE_CHECKING:
     from graphopt.runtime.load import LoadedModel
+    from graphopt.runtime.loader import Model
 
 _BUDGET_SECONDS = 3.0
-"""How long `bench` measures unless told how often."""
+"""How long `bench` and `profile` measure unless told how often."""
 
 
 class _Commands(TyperGroup):
@@ -67,6 +71,10 @@ app = typer.Typer(
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that graphopt built.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads (default: the build's).")]
+Repeat = Annotated[
+    int | None, typer.Option(min=1, help="Runs to time (default: as many as fit in 3 s).")
+]
+Warmup = Annotated[int, typer.Option(min=0, help="Runs before, not counted.")]
 
 
 def _version(wanted: bool) -> None:
@@ -223,21 +231,16 @@ def run_command(
 def bench_command(
     folder: Folder,
     threads: Threads = None,
-    repeat: Annotated[
-        int | None, typer.Option(min=1, help="Runs to time (default: as many as fit in 3 s).")
-    ] = None,
-    warmup: Annotated[int, typer.Option(min=0, help="Runs before, not counted.")] = 3,
-    profile: Annotated[bool, typer.Option(help="Also time each kernel.")] = False,
+    repeat: Repeat = None,
+    warmup: Warmup = 3,
     as_json: Json = False,
 ) -> None:
     """Time a built model on random inputs: minimum, median and 99th percentile."""
     import statistics
 
     with _load(folder, threads) as model:
-        first = model.time(1, warmup=warmup)[0]
-        runs = repeat or max(5, min(2000, math.ceil(_BUDGET_SECONDS / max(first, 1e-9))))
+        runs = _runs(model, repeat, warmup)
         times = sorted(model.time(runs, warmup=0))
-        steps = model.profile(repeats=min(runs, 20)) if profile else []
         is_emulated = model.manifest["target"]["arch"] != platform.machine()
         used, name = model.threads, model.name
     # The smallest time that at least 99 of 100 runs do not exceed.
@@ -251,19 +254,58 @@ def bench_command(
                 "runs": runs,
                 "emulated": is_emulated,
                 **{f"{key}_ms": value * 1e3 for key, value in figures.items()},
-                **({"steps_ms": [[kernel, s * 1e3] for kernel, s in steps]} if profile else {}),
             }
         )
         return
-    console = stdout_console()
     if is_emulated:
         stderr_console().print("under an emulator: these times say nothing about the board")
     table = table_of("model", "threads", "runs", *(f"{key} ms" for key in figures))
     times_ms = (f"{value * 1e3:.3f}" for value in figures.values())
     table.add_row(name, str(used), str(runs), *times_ms)
-    console.print(table)
-    if profile:
-        console.print(profile_table(steps))
+    stdout_console().print(table)
+
+
+@app.command("profile")
+def profile_command(
+    folder: Folder,
+    threads: Threads = None,
+    sort: Annotated[
+        Literal["time", "order"], typer.Option(help="Slowest first, or in the order they run in.")
+    ] = "time",
+    limit: Annotated[int | None, typer.Option(min=1, help="Steps to show (default: all).")] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.json", help="Write a trace for chrome://tracing or Perfetto."),
+    ] = None,
+    repeat: Repeat = None,
+    warmup: Warmup = 3,
+    as_json: Json = False,
+) -> None:
+    """Time each step of a built model on random inputs: the fastest of many runs."""
+    from graphopt.runtime.profile import as_json as profile_json
+    from graphopt.runtime.profile import by_kind, chosen, chrome_trace, profile_steps
+
+    with _load(folder, threads) as model:
+        # Refused before the long part where steps cannot be timed.
+        profile_steps(model)
+        runs = _runs(model, repeat, warmup)
+        steps = profile_steps(model, runs)
+        used, name = model.threads, model.name
+    if trace is not None:
+        trace.write_text(json.dumps(chrome_trace(name, used, steps), ensure_ascii=False), "utf-8")
+    if as_json:
+        head = {"name": name, "threads": used, "runs": runs}
+        print_json({**head, **profile_json(steps, sort, limit)})
+        return
+    total = sum(step.seconds for step in steps)
+    shown = chosen(steps, sort, limit)
+    console = stdout_console()
+    console.print(f"{name}, {used} thread{'s' if used > 1 else ''}, fastest of {runs} runs")
+    console.print(step_table(shown, total))
+    if len(shown) < len(steps):
+        console.print(f"… and {len(steps) - len(shown)} steps more")
+    console.print()
+    console.print(kind_table(by_kind(steps), total))
 
 
 @app.command("targets")
@@ -333,13 +375,12 @@ def inspect_command(folder: Folder, as_json: Json = False) -> None:
     console.print(table)
     table = table_of("", "kernel", "operators", "Mflop", "from", title="steps", right=("", "Mflop"))
     for number, step in enumerate(manifest["steps"]):
-        more = f" and {len(step['origin']) - 1} more" if len(step["origin"]) > 1 else ""
         table.add_row(
             str(number),
             step["kernel"],
             " + ".join(step["ops"]),
             f"{step['flops'] / 1e6:.2f}",
-            f"{step['origin'][0]}{more}" if step["origin"] else "",
+            place_text(step["origin"]),
         )
     console.print(table)
 
@@ -348,3 +389,9 @@ def _load(folder: Path, threads: int | None) -> LoadedModel:
     from graphopt.runtime.load import load
 
     return load(folder, threads)
+
+
+def _runs(model: Model, repeat: int | None, warmup: int) -> int:
+    """How often to measure, after the runs that do not count."""
+    first = model.time(1, warmup=warmup)[0]
+    return repeat or max(5, min(2000, math.ceil(_BUDGET_SECONDS / max(first, 1e-9))))

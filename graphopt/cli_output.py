@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from graphopt.runtime.profile import KindTime, StepTime, Work, gbytes, gflops
+
 _STAGES = {
     "start": "loading PyTorch and TVM",
     "import": "reading the model",
@@ -20,6 +22,7 @@ _STAGES = {
     "codegen": "compiling the kernels",
     "link": "linking the library",
 }
+_FIGURES = ("ms", "%", "GFLOP/s", "MB", "GB/s")
 
 
 def fail(kind: str, message: str) -> NoReturn:
@@ -88,22 +91,64 @@ def table_of(*columns: str, title: str = "", right: Sequence[str] = ()) -> Table
     """An empty table; the columns named in `right` are aligned to the right."""
     table = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
     for column in columns:
-        table.add_column(column, justify="right" if column in right else "left")
+        numbers = column in right
+        table.add_column(column, justify="right" if numbers else "left", no_wrap=numbers)
     return table
 
 
-def profile_table(steps: Sequence[tuple[str, float]]) -> Table:
-    """Kernel and seconds of each step, with its share of the whole."""
-    total = sum(seconds for _, seconds in steps) or 1.0
-    table = table_of("step", "kernel", "ms", "%", right=("step", "ms", "%"))
-    for number, (kernel, seconds) in enumerate(steps):
-        table.add_row(str(number), kernel, f"{seconds * 1e3:.3f}", f"{100 * seconds / total:.1f}")
+def step_table(steps: Sequence[StepTime], total: float) -> Table:
+    """What each step is and took; `total` is the seconds of all, to give their shares of."""
+    table = table_of("step", *_FIGURES, "tasks", "kernel", "configuration", "operators", "from",
+                     right=("step", *_FIGURES, "tasks"))  # fmt: skip
+    for step in steps:
+        table.add_row(
+            str(step.number),
+            *_figures(step, total),
+            str(step.tasks),
+            step.kernel,
+            step.configuration,
+            " + ".join(step.ops),
+            place_text(step.origin),
+        )
     return table
+
+
+def kind_table(kinds: Sequence[KindTime], total: float) -> Table:
+    """The same by generator, and the whole."""
+    table = table_of("steps", *_FIGURES, "kernels", right=("steps", *_FIGURES))
+    for kind in kinds:
+        table.add_row(str(kind.steps), *_figures(kind, total), kind.kind)
+    whole = KindTime(
+        "all",
+        sum(kind.steps for kind in kinds),
+        sum(kind.flops for kind in kinds),
+        sum(kind.moved for kind in kinds),
+        total,
+    )
+    table.add_row(str(whole.steps), *_figures(whole, total), whole.kind)
+    return table
+
+
+def _figures(work: Work, total: float) -> list[str]:
+    share = work.seconds / total if total else 0.0
+    return [
+        f"{work.seconds * 1e3:.3f}",
+        f"{100 * share:.1f}",
+        f"{gflops(work):.1f}" if work.flops else "",
+        f"{work.moved / 1e6:.2f}",
+        f"{gbytes(work):.1f}",
+    ]
 
 
 def shape_text(shape: Sequence[int], separator: str = "×") -> str:
     """`1×3×224×224`, or `scalar`."""
     return separator.join(map(str, shape)) or "scalar"
+
+
+def place_text(origin: Sequence[str]) -> str:
+    """Where in the user's model something comes from: the first place, and how many more."""
+    more = f" and {len(origin) - 1} more" if len(origin) > 1 else ""
+    return f"{origin[0]}{more}" if origin else ""
 
 
 def print_json(value: object) -> None:

@@ -120,9 +120,7 @@ def test_bench(built: Path) -> None:
     assert data["threads"] == 2
     assert data["runs"] == 20
     assert 0 < data["min_ms"] <= data["median_ms"] <= data["p99_ms"]
-    table = graphopt("bench", built, "--repeat", "5", "--profile").stdout
-    assert "p99" in table
-    assert "kernel" in table
+    assert "p99" in graphopt("bench", built, "--repeat", "5").stdout
 
 
 def test_inspect(built: Path) -> None:

@@ -209,6 +209,8 @@ def _manifest(
             "origin": list(step.origin),
             "ops": list(step.ops),
             "flops": step.flops,
+            "bytes_read": sum(program.buffers[name].nbytes for name in step.reads),
+            "bytes_written": sum(program.buffers[name].nbytes for name in step.writes),
             "tasks": step.tasks,
             "grain": step.grain,
         }

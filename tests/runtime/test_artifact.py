@@ -260,8 +260,14 @@ def test_names_that_collide_as_macros_are_told_apart(tmp_path: Path) -> None:
     names = {"x": "v", "row.ids": "v_bytes", "picked": "v.b", "total": "v-b"}
     buffers = {names.get(k, k): replace(b, name=names.get(k, k)) for k, b in
                program.buffers.items()}  # fmt: skip
+
+    def renamed(used: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(names.get(name, name) for name in used)
+
     steps = tuple(
-        replace(step, args=tuple(names.get(arg, arg) for arg in step.args))
+        replace(
+            step, args=renamed(step.args), reads=renamed(step.reads), writes=renamed(step.writes)
+        )
         for step in program.steps
     )
     program = replace(program, buffers=buffers, steps=steps, inputs=("v", "v_bytes"),
