@@ -199,7 +199,7 @@ UNARY: tuple[OpDef, ...] = (
     _transcendental("erf", m.erf),
     _transcendental("sin", m.sin, unary_samples(scale=30.0, special=False)),
     _transcendental("cos", m.cos, unary_samples(scale=30.0, special=False)),
-    _transcendental("silu", m.silu),
+    _transcendental("silu", m.silu, unary_samples(special=False)),
     _transcendental("mish", m.mish),
     _transcendental("hardswish", _hardswish),
     _transcendental("hardsigmoid", _hardsigmoid),
