@@ -1,0 +1,352 @@
+"""How good is the Arm code? Its hottest loops, and what LLVM's model of each core makes of them.
+
+    python bench/arm_kernels.py [KERNEL...] [--core cortex-a72] [--check] [--json] [--show]
+
+Each kernel is compiled as a model's would be, the loop with most vector multiply-adds is found in
+its assembly, and `llvm-mca` is asked how many cycles a turn takes with everything in the first-level
+cache: at least, by the busiest unit (`bound`), and in a simulation. The aims: nothing spilled, three
+quarters of the instructions multiply-adds (less where a comment says why), 80 % of the peak. With
+`--check` the status is 1 where a loop misses one. Winograd's transforms are shown without an aim: a
+tile of 6×6 vectors does not fit the registers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import fx
+
+from graphopt.backends.codegen import assembly
+from graphopt.backends.lower import lower
+from graphopt.backends.target import get_target
+from tests.backends.harness import Builder
+
+aten = torch.ops.aten
+
+PEAK_AIM = 0.80
+"""Least share of the peak, where llvm-mca simulates the core."""
+INSTALL = (
+    "install llvm-mca 17 or later, whose models include the Neoverse N1: `apt install llvm-19`"
+)
+
+
+@dataclass(frozen=True)
+class Core:
+    """A core and what its vector units can do.
+
+    Attributes:
+        peak: 128-bit multiply-adds a cycle, by the core's optimization guide.
+        options: what makes llvm-mca model it.
+        simulates: whether llvm-mca's simulation means anything.
+    """
+
+    peak: float
+    options: tuple[str, ...]
+    simulates: bool = True
+
+
+# The peaks are checked against llvm-mca's models before anything is measured.
+#
+# A53: one 128-bit FMLA a cycle. llvm-mca lets a core in order write nothing before an older
+# instruction's result, so that each load waits for the multiply-add before it: its simulation is no
+# use. The bound is a high one: it leaves out that 128-bit loads issue alone, for two cycles.
+#
+# A72: two 64-bit pipes, F0 and F1; a 128-bit FMLA takes both (Cortex-A72 Software Optimization
+# Guide, UAN 0016A). LLVM takes its model of the A57 for it.
+#
+# A76: two 128-bit pipes, and 8 micro-operations dispatched a cycle (Cortex-A76 Software
+# Optimization Guide, PJDOC-466751330-7215). LLVM has no model of it and schedules as for the A57;
+# the Neoverse N1 is the same core for servers, but LLVM's model of that dispatches 3.
+CORES = {
+    "cortex-a53": Core(1, ("-mcpu=cortex-a53",), simulates=False),
+    "cortex-a72": Core(1, ("-mcpu=cortex-a72",)),
+    "cortex-a76": Core(2, ("-mcpu=neoverse-n1", "-dispatch=8")),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel to look at.
+
+    Attributes:
+        make: adds it to a graph, given an input in blocks of channels or a plain one.
+        shape: shape of that input.
+        blocked: whether the layers around it hand it blocks of channels, as inside a network.
+        winograd: whether Winograd is allowed.
+        loop: `product` for the loop with most multiply-adds, or `transform` and which one.
+        fma_share: least share of multiply-adds among the loop's instructions.
+    """
+
+    make: Callable[[Builder, fx.Node], fx.Node]
+    shape: tuple[int, ...]
+    blocked: bool = True
+    winograd: bool = False
+    loop: str = "product"
+    fma_share: float = 0.75
+
+
+def conv(channels: int, kernel: int, **options: Any) -> Callable[[Builder, fx.Node], fx.Node]:
+    return lambda b, x: b.conv(x, channels, (kernel, kernel), **options)
+
+
+def linear(columns: int) -> Callable[[Builder, fx.Node], fx.Node]:
+    def make(b: Builder, x: fx.Node) -> fx.Node:
+        rows = x.meta["val"].shape[-1]
+        weight = b.constant(b.random(columns, rows) / rows**0.5)
+        return b.op(aten.linear.default, x, weight, b.constant(b.random(columns)))
+
+    return make
+
+
+def attention(b: Builder, x: fx.Node) -> fx.Node:
+    return b.op(aten.scaled_dot_product_attention.default, x, x, x)
+
+
+# Where nothing is used twice, loads take their share: a pair of vectors of weights feeds two
+# multiply-adds of a row times a matrix, and a depthwise tile uses a pixel at most three times.
+CASES = {
+    "conv 3×3": Case(conv(64, 3, padding=1), (1, 64, 56, 56)),
+    "conv 3×3 stride 2": Case(conv(128, 3, padding=1, stride=2), (1, 64, 56, 56)),
+    "conv 3×3 image": Case(conv(32, 3, padding=1, stride=2), (1, 3, 224, 224), blocked=False),
+    "conv 7×7 image": Case(conv(64, 7, padding=3, stride=2), (1, 3, 224, 224), blocked=False),
+    "conv 1×1": Case(conv(96, 1), (1, 64, 28, 28)),
+    "conv 1×1 to 24": Case(conv(24, 1), (1, 96, 56, 56)),
+    "depthwise 3×3": Case(conv(96, 3, padding=1, groups=96), (1, 96, 56, 56), fma_share=0.70),
+    "depthwise 3×3 stride 2": Case(
+        conv(96, 3, padding=1, stride=2, groups=96), (1, 96, 56, 56), fma_share=0.60
+    ),
+    "winograd product": Case(conv(64, 3, padding=1), (1, 64, 56, 56), winograd=True),
+    "winograd input": Case(conv(64, 3), (1, 64, 58, 58), winograd=True, loop="transform 0"),
+    "winograd output": Case(conv(64, 3), (1, 64, 58, 58), winograd=True, loop="transform 1"),
+    "linear M=128": Case(linear(384), (128, 384), blocked=False),
+    "linear M=1": Case(linear(1000), (1, 1280), blocked=False, fma_share=0.60),
+    "attention": Case(attention, (1, 12, 128, 32), blocked=False),
+}
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A loop of a function: its own instructions, those of inner loops left out."""
+
+    instructions: tuple[str, ...]
+    innermost: bool
+
+    def count(self, pattern: str) -> int:
+        return sum(re.match(pattern, each) is not None for each in self.instructions)
+
+    @property
+    def multiply_adds(self) -> int:
+        """Vector multiply-adds."""
+        return self.count(r"fml[as]\tv\d+\.4s")
+
+    @property
+    def arithmetic(self) -> int:
+        """All vector arithmetic on floats."""
+        return self.count(r"f(ml[as]|add|sub|mul|neg)\tv\d+\.4s")
+
+    @property
+    def spills(self) -> int:
+        """Loads and stores of vector registers on the stack."""
+        return self.count(r"(ld|st)u?[rp]\t[qvds]\d+.*\[sp")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was found out about one kernel on one core; the shares are of the core's peak."""
+
+    kernel: str
+    core: str
+    generator: str
+    instructions: int
+    multiply_adds: int
+    loads: int
+    spills: int
+    cycles: float | None
+    bound_share: float
+    simulated_share: float | None
+    misses: tuple[str, ...]
+
+
+def assembly_of(case: Case, core: str) -> tuple[str, str]:
+    """The case's kernel compiled for a core: its generator and its assembly."""
+    b = Builder()
+    n, *rest = case.shape
+    if case.blocked:
+        x = b.op(aten.relu.default, b.conv(b.input(b.random(n, 8, *rest[1:])), rest[0], (1, 1)))
+    else:
+        x = b.input(b.random(*case.shape))
+    y = case.make(b, x)
+    if len(case.shape) == 4 and y.target is aten.convolution.default:
+        # Another layer behind it, or it would be asked for a row-major result.
+        y = b.conv(b.op(aten.relu.default, y), 8, (1, 1))
+    b.returns(y)
+    target = get_target(core)
+    program = lower(b.finish(), target, "bench", winograd=case.winograd)
+    step = program.steps[1 if case.blocked else 0]
+    return step.kernel.origin, assembly(replace(program, steps=(step,)), target)
+
+
+def loops_of(text: str) -> Iterator[Loop]:
+    """Every loop, found by the branches that go back to a label."""
+    lines = text.splitlines()
+    labels = {line[:-1]: i for i, line in enumerate(lines) if re.fullmatch(r"[.\w$]+:", line)}
+    spans = set()
+    for i, line in enumerate(lines):
+        branch = re.fullmatch(r"\t(?:b(?:\.\w+)?|cbn?z|tbn?z)\t(?:.*, )?(\.LBB\w+)", line)
+        if branch and labels[branch[1]] < i:
+            spans.add((labels[branch[1]], i))
+    for first, last in sorted(spans):
+        inside = [s for s in spans if s != (first, last) and first <= s[0] and s[1] <= last]
+        own = [
+            line.strip()
+            for i, line in enumerate(lines[first : last + 1], first)
+            if re.match(r"\t[a-z]", line) and not any(a <= i <= b for a, b in inside)
+        ]
+        yield Loop(tuple(own), innermost=not inside)
+
+
+def hot_loop(case: Case, text: str) -> Loop:
+    """The loop the case is about."""
+    loops = list(loops_of(text))
+    kind, _, number = case.loop.partition(" ")
+    if kind == "product":
+        # Of equal ones the worst: borders have code of their own. Epilogues add a little.
+        candidates = [
+            loop
+            for loop in loops
+            if loop.innermost and loop.arithmetic <= 1.25 * loop.multiply_adds
+        ]
+        return max(candidates, key=lambda loop: (loop.multiply_adds, len(loop.instructions)))
+    # In the order they run in; the product only multiplies and adds at once.
+    transforms = [loop for loop in loops if loop.arithmetic - loop.multiply_adds > 20]
+    return transforms[int(number)]
+
+
+def find_mca() -> str:
+    """The newest llvm-mca. Ends the program where there is none."""
+    names = [*(f"llvm-mca-{version}" for version in range(40, 16, -1)), "llvm-mca"]
+    for name in names:
+        if shutil.which(name):
+            return name
+    sys.exit(INSTALL)
+
+
+def cycles_of(mca: str, core: Core, instructions: Iterable[str]) -> tuple[float, float]:
+    """Cycles a turn takes: by the busiest unit alone, and simulated over 100 turns."""
+    done = subprocess.run(
+        [mca, "-mtriple=aarch64-linux-gnu", *core.options, "-iterations=100", "-json"],
+        input="\n".join(instructions),
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode != 0:
+        sys.exit(f"{mca}: {done.stderr.strip()}")
+    summary = json.loads(done.stdout)["CodeRegions"][0]["SummaryView"]
+    return summary["BlockRThroughput"], summary["TotalCycles"] / summary["Iterations"]
+
+
+def check_peaks(mca: str) -> None:
+    """Guard: llvm-mca's models have the peaks of `CORES`."""
+    probe = [f"fmla v{i}.4s, v30.4s, v31.s[0]" for i in range(16)]
+    for name, core in CORES.items():
+        bound, _ = cycles_of(mca, core, probe)
+        if abs(len(probe) / bound - core.peak) > 0.01:
+            sys.exit(
+                f"{mca} gives the {name} {len(probe) / bound:g} multiply-adds a cycle, not "
+                f"{core.peak:g}: {INSTALL}"
+            )
+
+
+def measure(name: str, core: str, mca: str) -> tuple[Result, Loop]:
+    case = CASES[name]
+    generator, text = assembly_of(case, core)
+    loop = hot_loop(case, text)
+    bound, simulated = cycles_of(mca, CORES[core], loop.instructions)
+    cycles = simulated if CORES[core].simulates else None
+    is_product = case.loop == "product"
+    useful = loop.multiply_adds if is_product else loop.arithmetic
+    least = useful / CORES[core].peak
+    misses = []
+    if is_product and loop.spills:
+        misses.append("spills")
+    if is_product and useful < case.fma_share * len(loop.instructions):
+        misses.append(f"under {case.fma_share:.0%} multiply-adds")
+    if is_product and cycles and least < PEAK_AIM * cycles:
+        misses.append(f"under {PEAK_AIM:.0%} of the peak")
+    loads = loop.count(r"ldu?[rp]|ld1")
+    result = Result(name, core, generator, len(loop.instructions), useful, loads, loop.spills,
+                    cycles, least / bound, least / cycles if cycles else None,
+                    tuple(misses))  # fmt: skip
+    return result, loop
+
+
+def table(results: list[Result]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in ("kernel", "core", "generator", "instructions", "FMA", "share", "loads",
+                   "spills", "cycles", "of peak: bound", "simulated", "misses"):  # fmt: skip
+        words = column in ("kernel", "core", "generator", "misses")
+        table.add_column(column, justify="left" if words else "right")
+    for each in results:
+        table.add_row(
+            each.kernel,
+            each.core,
+            each.generator,
+            str(each.instructions),
+            str(each.multiply_adds),
+            f"{each.multiply_adds / each.instructions:.0%}",
+            str(each.loads),
+            str(each.spills),
+            f"{each.cycles:.0f}" if each.cycles else "",
+            f"{each.bound_share:.0%}",
+            f"{each.simulated_share:.0%}" if each.simulated_share else "",
+            ", ".join(each.misses),
+        )
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=", ".join(CASES))
+    parser.add_argument("--core", action="append", choices=list(CORES), help="default: all")
+    parser.add_argument("--check", action="store_true", help="status 1 where something misses")
+    parser.add_argument("--json", action="store_true", help="print one JSON value and no table")
+    parser.add_argument("--show", action="store_true", help="print the loops' instructions too")
+    options = parser.parse_args()
+    unknown = sorted(set(options.kernels) - set(CASES))
+    if unknown:
+        parser.error(f"no such kernel: {', '.join(unknown)}")
+    mca = find_mca()
+    check_peaks(mca)
+    results = []
+    for name in options.kernels or CASES:
+        for core in options.core or CORES:
+            result, loop = measure(name, core, mca)
+            results.append(result)
+            if options.show:
+                print(f"{name} on {core}", *loop.instructions, sep="\n  ")
+    if options.json:
+        print(json.dumps([asdict(each) for each in results], indent=1))
+    else:
+        Console(width=None if sys.stdout.isatty() else 180).print(table(results))
+    missed = [each for each in results if each.misses]
+    print(f"{len(missed)} of {len(results)} loops miss an aim", file=sys.stderr)
+    if options.check and missed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
