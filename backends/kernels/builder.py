@@ -153,6 +153,13 @@ def each(extent: int, lanes: int, body: Callable[[Expr], None]) -> None:
             body(full * lanes + i)
 
 
+def prefetch(element: Expr) -> None:
+    """Ask for the cache line of a buffer's element; one outside the buffer does no harm."""
+    read, second_level, data = (tirx.const(value, "int32") for value in (0, 2, 1))
+    address = tirx.address_of(element)
+    T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, read, second_level, data))
+
+
 def f32(value: float) -> Expr:
     """A float32 constant."""
     return tirx.const(value, "float32")

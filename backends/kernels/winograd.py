@@ -24,16 +24,24 @@ import numpy.typing as npt
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from graphopt.backends.kernels.builder import f32, loop, unflatten
+from graphopt.backends.kernels.builder import f32, loop, prefetch, unflatten
 from graphopt.backends.kernels.conv_direct import Accessors
 from graphopt.backends.kernels.tiling import split
-from graphopt.backends.kernels.winograd_plan import KERNEL, Matrix, WinogradPlan, transforms
-from graphopt.ops.math import share
+from graphopt.backends.kernels.winograd_plan import (
+    KERNEL,
+    LINE,
+    Matrix,
+    WinogradPlan,
+    transforms,
+)
 from graphopt.ops.opdef import Expr
 
 
 def pack_weights(weight: npt.NDArray[Any], conv: WinogradPlan) -> npt.NDArray[np.float32]:
-    """Transform `(oc, ic, 3, 3)` weights and pack them as (channel tile, place, ic, channel)."""
+    """Transform `(oc, ic, 3, 3)` weights and pack them in the order in which tasks read them.
+
+    That is by tiles multiplied at once, place, tile, input channel, channel of the tile.
+    """
     _, g, _ = transforms(conv.m)
     matrix = np.array([[float(v) for v in row] for row in g])
     spectrum = np.einsum("ai,ocij,bj->aboc", matrix, weight.astype(np.float64), matrix)
@@ -41,17 +49,18 @@ def pack_weights(weight: npt.NDArray[Any], conv: WinogradPlan) -> npt.NDArray[np
     width = conv.width
     padded = np.zeros((conv.places, conv.out_tiles * width, weight.shape[1]))
     padded[:, : weight.shape[0]] = places
-    tiled = padded.reshape(conv.places, conv.out_tiles, width, -1).transpose(1, 0, 3, 2)
+    passes = conv.out_tiles // conv.at_once
+    tiled = padded.reshape(conv.places, passes, conv.at_once, width, -1).transpose(1, 0, 2, 4, 3)
     return np.ascontiguousarray(tiled, np.float32).ravel()
 
 
 def emit(conv: WinogradPlan, task: Expr, weights: Any, scratch: Any, access: Accessors) -> None:
     """Emit one task; `weights` is the flat TIR buffer of the packed weights."""
     size, block = conv.cut.size, conv.block
-    inputs = T.decl_buffer((conv.places, conv.in_blocks, size, block), "float32", data=scratch)
+    inputs = T.decl_buffer((conv.places, conv.inputs_stride), "float32", data=scratch)
     products = T.decl_buffer(
-        (conv.at_once, conv.places, size, conv.width), "float32", data=scratch,
-        elem_offset=conv.places * conv.in_blocks * size * block,
+        (conv.at_once, conv.places, conv.products_stride), "float32", data=scratch,
+        elem_offset=conv.places * conv.inputs_stride,
     )  # fmt: skip
     part, group = unflatten(task, [conv.cut.count, conv.groups])
     first = part * size
@@ -62,9 +71,11 @@ def emit(conv: WinogradPlan, task: Expr, weights: Any, scratch: Any, access: Acc
         _transform_input(conv, inputs, n, row * conv.m, column * conv.m, cb, t, access)
     passes = conv.out_tiles // conv.groups // conv.at_once
     with loop(passes) as k:
-        first_tile = (group * passes + k) * conv.at_once
+        number = group * passes + k
+        first_tile = number * conv.at_once
         with loop(conv.places) as place, loop(conv.at_once) as j:
-            _multiply(conv, inputs, products, weights, first_tile, j, place)
+            panel = (number * conv.places + place) * conv.at_once + j
+            _multiply(conv, inputs, products, weights, panel, j, place)
         with loop(conv.at_once) as j, T.serial(0, count) as t, loop(conv.vectors) as v:
             n, row, column = unflatten(first + t, extents)
             channel = ((first_tile + j) * conv.vectors + v) * block
@@ -81,41 +92,39 @@ def _transform_input(
     spec, block = conv.spec, conv.block
     side = conv.m + KERNEL - 1
     top, left = row - spec.padding[0], column - spec.padding[1]
-    tile = T.alloc_buffer((side * side * block,), "float32", scope="local")
+    _, _, b_t = transforms(conv.m)
 
-    def load(inside_only: bool) -> None:
-        for i in range(side):
-            for j in range(side):
-                with T.vectorized(0, block) as lane:
-                    ih, iw = top + i, left + j
-                    if inside_only:
-                        value = access.x(n, cb * block + lane, ih, iw)
-                    else:
-                        inside = tirx.all(
-                            ih >= 0, ih < spec.in_size[0], iw >= 0, iw < spec.in_size[1]
-                        )
-                        near_h = tirx.max(0, tirx.min(ih, spec.in_size[0] - 1))
-                        near_w = tirx.max(0, tirx.min(iw, spec.in_size[1] - 1))
-                        # Inside the select TVM would know `inside` and drop the clamping, but
-                        # the load happens either way.
-                        near = share(access.x(n, cb * block + lane, near_h, near_w))
-                        value = tirx.Select(inside, near, f32(0.0))
-                    T.buffer_store(tile, value, [(i * side + j) * block + lane])
+    def put(i: int, j: int, lane: Expr, value: Expr) -> None:
+        T.buffer_store(inputs, value, [i * side + j, (cb * conv.cut.size + t) * block + lane])
 
     inside = tirx.all(
         top >= 0, left >= 0, top + side <= spec.in_size[0], left + side <= spec.in_size[1]
     )
     with T.If(inside):
         with T.Then():
-            load(True)
+            tile = T.alloc_buffer((side * side * block,), "float32", scope="local")
+            for i in range(side):
+                for j in range(side):
+                    with T.vectorized(0, block) as lane:
+                        value = access.x(n, cb * block + lane, top + i, left + j)
+                        T.buffer_store(tile, value, [(i * side + j) * block + lane])
+            _two_sided(b_t, tile, side, block, put)
         with T.Else():
-            load(False)
-    _, _, b_t = transforms(conv.m)
+            # Indexed at run time, this tile stays in memory; the other one lives in registers.
+            border = T.alloc_buffer((side * side * block,), "float32", scope="local")
+            with T.serial(0, side * side) as place, T.vectorized(0, block) as lane:
+                T.buffer_store(border, f32(0.0), [place * block + lane])
+            rows = _met(top, side, spec.in_size[0])
+            columns = _met(left, side, spec.in_size[1])
+            with T.serial(*rows) as i, T.serial(*columns) as j, T.vectorized(0, block) as lane:
+                value = access.x(n, cb * block + lane, top + i, left + j)
+                T.buffer_store(border, value, [(i * side + j) * block + lane])
+            _two_sided(b_t, border, side, block, put)
 
-    def put(i: int, j: int, lane: Expr, value: Expr) -> None:
-        T.buffer_store(inputs, value, [i * side + j, cb, t, lane])
 
-    _two_sided(b_t, tile, side, block, put)
+def _met(start: Expr, side: int, size: int) -> tuple[Expr, Expr]:
+    """Which of `side` places from `start` on are inside 0 … size - 1: from, to."""
+    return tirx.max(0, -start), tirx.max(0, tirx.min(side, size - start))
 
 
 def _two_sided(matrix: Matrix, tile: Any, side: int, block: int, put: Any) -> None:
@@ -185,50 +194,83 @@ def _combine(coefficients: tuple[Fraction, ...], item: Any) -> Expr:
 
 
 def _multiply(
-    conv: WinogradPlan, inputs: Any, products: Any, weights: Any, first_tile: Expr, j: Expr,
+    conv: WinogradPlan, inputs: Any, products: Any, weights: Any, panel: Expr, j: Expr,
     place: Expr,
 ) -> None:  # fmt: skip
-    """The products of all tiles of the block with one tile of channels, at one place."""
-    spec, block, vectors = conv.spec, conv.block, conv.vectors
-    width = conv.width
-    origin = ((first_tile + j) * conv.places + place) * (spec.icg * width)
+    """The products of all tiles of the block with one panel of weights: one place, one channel tile.
+
+    Meanwhile the next panel is asked for, each piece of tiles taking its share.
+    """
+    width, parts = conv.width, conv.depth_parts
     cut = split(conv.cut.size, conv.pixels)
-    pieces = [(cut.size, 0, cut.large), (cut.size - 1, cut.large * cut.size, cut.count - cut.large)]
-    for pixels, start, count in pieces:
-        if count == 0:
-            continue
-        with loop(count) as i:
-            first = start + i * pixels
-            acc = T.alloc_buffer((pixels * width,), "float32", scope="local")
-            for slot in range(pixels * vectors):
+    pieces = [
+        (cut.size, 0, 0, cut.large),
+        (cut.size - 1, cut.large * cut.size, cut.large, cut.count - cut.large),
+    ]
+    with loop(parts) as part:
+        for pixels, start, before, count in pieces:
+            if count:
+                with loop(count) as i:
+                    _product(conv, inputs, products, weights, panel, j, place, part,
+                             start + i * pixels, pixels, before + i, cut.count)  # fmt: skip
+
+
+def _product(
+    conv: WinogradPlan, inputs: Any, products: Any, weights: Any, panel: Expr, j: Expr,
+    place: Expr, part: Expr, first: Expr, pixels: int, piece: Expr, pieces: int,
+) -> None:  # fmt: skip
+    """One register tile: some tiles of the image by a channel tile, over a part of the depth."""
+    spec, block, vectors, width = conv.spec, conv.block, conv.vectors, conv.width
+    full, rest = divmod(spec.icg, block)
+    parts = conv.depth_parts
+    origin = panel * (spec.icg * width)
+    acc = T.alloc_buffer((pixels * width,), "float32", scope="local")
+
+    def each_slot(body: Any) -> None:
+        for p in range(pixels):
+            for v in range(vectors):
                 with T.vectorized(0, block) as lane:
-                    T.buffer_store(acc, f32(0.0), [slot * block + lane])
+                    body(
+                        (p * vectors + v) * block + lane,
+                        [j, place, (first + p) * width + v * block + lane],
+                    )
 
-            def step(cb: Expr, ci: Expr, acc: Any = acc, pixels: int = pixels,
-                     first: Expr = first) -> None:  # fmt: skip
-                base = origin + (cb * block + ci) * width
-                for p in range(pixels):
-                    x = inputs[place, cb, first + p, ci]
-                    for v in range(vectors):
-                        with T.vectorized(0, block) as lane:
-                            slot = (p * vectors + v) * block + lane
-                            w = weights[base + v * block + lane]
-                            T.buffer_store(acc, acc[slot] + x * w, [slot])
+    def clear() -> None:
+        each_slot(lambda slot, place_: T.buffer_store(acc, f32(0.0), [slot]))
 
-            full, rest = divmod(spec.icg, block)
-            if full:
-                with loop(full) as cb, loop(block // 4) as outer:
-                    for ci in range(4):
-                        step(cb, outer * 4 + ci)
+    if parts == 1:
+        clear()
+    else:
+        with T.If(part == 0):
+            with T.Then():
+                clear()
+            with T.Else():
+                each_slot(lambda slot, place_: T.buffer_store(acc, products[tuple(place_)], [slot]))
+
+    def step(cb: Expr, ci: Expr) -> None:
+        base = origin + (cb * block + ci) * width
+        for p in range(pixels):
+            x = inputs[place, (cb * conv.cut.size + first + p) * block + ci]
+            for v in range(vectors):
+                with T.vectorized(0, block) as lane:
+                    slot = (p * vectors + v) * block + lane
+                    w = weights[base + v * block + lane]
+                    T.buffer_store(acc, acc[slot] + x * w, [slot])
+
+    if full:
+        with loop(full // parts) as inner, loop(block // 4) as outer:
+            cb = part * (full // parts) + inner
+            if conv.streams:
+                ahead = spec.icg // parts + cb * block + outer * 4
+                for line in range(0, 4 * width // LINE, pieces):
+                    prefetch(weights[origin + ahead * width + (line + piece) * LINE])
+            for ci in range(4):
+                step(cb, outer * 4 + ci)
+    if rest:
+        with T.If(part == parts - 1), T.Then():
             for ci in range(rest):
                 step(tirx.const(full, "int32"), tirx.const(ci, "int32"))
-            for p in range(pixels):
-                for v in range(vectors):
-                    with T.vectorized(0, block) as lane:
-                        T.buffer_store(
-                            products, acc[(p * vectors + v) * block + lane],
-                            [j, place, first + p, v * block + lane],
-                        )  # fmt: skip
+    each_slot(lambda slot, place_: T.buffer_store(products, acc[slot], place_))
 
 
 def _transform_output(
@@ -243,7 +285,8 @@ def _transform_output(
     out = T.alloc_buffer((m * m * block,), "float32", scope="local")
     for place in range(side * side):
         with T.vectorized(0, block) as lane:
-            T.buffer_store(tile, products[j, place, t, v * block + lane], [place * block + lane])
+            value = products[j, place, t * conv.width + v * block + lane]
+            T.buffer_store(tile, value, [place * block + lane])
 
     def put(i: int, j: int, lane: Expr, value: Expr) -> None:
         T.buffer_store(out, value, [(i * m + j) * block + lane])

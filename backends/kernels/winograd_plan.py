@@ -24,6 +24,11 @@ _DIRECT_EFFICIENCY = 0.88
 _CHANNELS_AT_ONCE = 32
 """Output channels multiplied before going back to the first place: inputs are read less often."""
 _MOST_TILES = 48
+PANEL_BYTES = 8192
+"""Weights multiplied with all tiles before the next ones: they share the first-level cache with
+their inputs."""
+LINE = 16
+"""Floats in a cache line."""
 
 Matrix = tuple[tuple[Fraction, ...], ...]
 
@@ -87,6 +92,7 @@ class WinogradPlan:
         pixels: tiles in one register tile.
         at_once: register tiles of channels multiplied together.
         groups: groups of output channels that are tasks of their own.
+        streams: the weights come from beyond the second-level cache.
     """
 
     spec: ConvSpec
@@ -98,6 +104,7 @@ class WinogradPlan:
     pixels: int
     at_once: int
     groups: int
+    streams: bool
 
     @property
     def places(self) -> int:
@@ -125,10 +132,30 @@ class WinogradPlan:
         return self.cut.count * self.groups
 
     @property
+    def depth_parts(self) -> int:
+        """Equal parts the input channels are multiplied in: a panel of weights stays in L1."""
+        full = self.spec.icg // self.block
+        most = PANEL_BYTES // (self.width * self.block * 4)
+        return next((n for n in range(1, full + 1) if full % n == 0 and full // n <= most), 1)
+
+    @property
+    def inputs_stride(self) -> int:
+        """Transformed inputs, in floats, from one place to the next.
+
+        A transform touches every place of a tile: strides that are multiples of 4 KB would put them
+        all into one set of the cache.
+        """
+        return self.in_blocks * self.cut.size * self.block + LINE
+
+    @property
+    def products_stride(self) -> int:
+        """Products of a register tile of channels, in floats, from one place to the next."""
+        return self.cut.size * self.width + LINE
+
+    @property
     def scratch(self) -> int:
         """Bytes of scratch: the transformed inputs and the products of `at_once` tiles."""
-        channels = self.in_blocks * self.block + self.at_once * self.width
-        return self.places * self.cut.size * channels * 4
+        return self.places * (self.inputs_stride + self.at_once * self.products_stride) * 4
 
     def describe(self) -> str:
         """For the report."""
@@ -152,10 +179,10 @@ def plan(spec: ConvSpec, isa: Isa, l2_bytes: int) -> WinogradPlan:
         shares = [-(-conv.tasks // n) * n / conv.tasks for n in (1, 2, 4)]
         return cost(conv, isa, l2_bytes) * sum(shares) / len(shares)
 
-    return min(_candidates(spec, isa), key=weigh)
+    return min(_candidates(spec, isa, l2_bytes), key=weigh)
 
 
-def _candidates(spec: ConvSpec, isa: Isa) -> Iterator[WinogradPlan]:
+def _candidates(spec: ConvSpec, isa: Isa, l2_bytes: int) -> Iterator[WinogradPlan]:
     block = isa.block
     blocks = -(-spec.ocg // block)
     vectors, pixels = _register_tile(blocks, isa)
@@ -164,6 +191,7 @@ def _candidates(spec: ConvSpec, isa: Isa) -> Iterator[WinogradPlan]:
     for m in _POINTS:
         grid = (-(-spec.out_size[0] // m), -(-spec.out_size[1] // m))
         tiles = spec.batch * grid[0] * grid[1]
+        streams = (m + KERNEL - 1) ** 2 * spec.icg * blocks * block * 4 > l2_bytes // 2
         cuts = {split(tiles, min(tiles, size)) for size in range(pixels, _MOST_TILES + 1, pixels)}
         for groups in range(1, out_tiles + 1):
             per_group = out_tiles // groups
@@ -171,7 +199,9 @@ def _candidates(spec: ConvSpec, isa: Isa) -> Iterator[WinogradPlan]:
                 continue
             at_once = max(k for k in range(1, most + 1) if per_group % k == 0)
             for cut in sorted(cuts, key=lambda c: c.size):
-                yield WinogradPlan(spec, m, block, grid, cut, vectors, pixels, at_once, groups)
+                yield WinogradPlan(
+                    spec, m, block, grid, cut, vectors, pixels, at_once, groups, streams
+                )  # fmt: skip
 
 
 def _register_tile(blocks: int, isa: Isa) -> tuple[int, int]:
