@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # Two test files at a time; PYTEST_ARGS= runs them one by one.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: demo test lint bench format system-packages clean
+.PHONY: demo test lint bench peers format system-packages clean
 
 demo: $(INSTALLED) system-packages
 	$(BIN)/python bench/demo.py
@@ -23,9 +23,13 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(INSTALLED) system-packages
+bench: peers
 	$(BIN)/python bench/latency.py
 	$(BIN)/python bench/memory.py
+
+# The systems to compare with, about 6 GB in the cache folder; does nothing where they are.
+peers: $(INSTALLED) system-packages
+	$(BIN)/python bench/peers/prepare.py
 
 # The compilers, the emulator and valgrind; does nothing where they are.
 system-packages:

@@ -24,14 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import graphopt
-from bench.contest import (
-    ROOT,
-    Contestant,
-    contest,
-    graphopt_runner,
-    onnxruntime_runner,
-    torch_runner,
-)
+from bench.contest import ROOT, Contestant, all_times, contest
 from bench.onnx_models import export
 from graphopt.runtime.artifact import Artifact
 from tests.models import wheels, zoo
@@ -160,9 +153,9 @@ def race(host: Build, console: Console) -> None:
     """Latency on this machine beside PyTorch and ONNX Runtime."""
     entry = zoo.MODELS[NAME]
     contestants = [
-        Contestant("graphopt", graphopt_runner, str(host.artifact.folder)),
-        Contestant("ONNX Runtime", onnxruntime_runner, str(export(entry))),
-        Contestant("PyTorch", torch_runner, NAME),
+        Contestant("graphopt", "graphopt", str(host.artifact.folder)),
+        Contestant("ONNX Runtime", "onnxruntime", str(export(entry))),
+        Contestant("PyTorch", "torch_eager", NAME),
     ]
     cores = len(os.sched_getaffinity(0))
     table = Table(title="latency on this machine, batch 1, ms: minimum (median)")
@@ -171,7 +164,7 @@ def race(host: Build, console: Console) -> None:
         table.add_column(contestant.label, justify="right")
     for threads in sorted({1, min(2, cores)}):
         with console.status(f"timing at {threads} thread(s)"):
-            times = contest(contestants, entry.inputs(), threads=threads)
+            times = all_times(contest(contestants, entry.inputs(), threads=threads))
         table.add_row(
             str(threads),
             *(f"{t.best * 1e3:.2f} ({t.median * 1e3:.2f})" for t in times.values()),
