@@ -114,17 +114,20 @@ def _transform_input(
             border = T.alloc_buffer((side * side * block,), "float32", scope="local")
             with T.serial(0, side * side) as place, T.vectorized(0, block) as lane:
                 T.buffer_store(border, f32(0.0), [place * block + lane])
-            rows = _met(top, side, spec.in_size[0])
-            columns = _met(left, side, spec.in_size[1])
-            with T.serial(*rows) as i, T.serial(*columns) as j, T.vectorized(0, block) as lane:
+            # Loops from 0: TVM computes other bounds with the wrong task number.
+            first_i, rows = _met(top, side, spec.in_size[0])
+            first_j, columns = _met(left, side, spec.in_size[1])
+            with loop(rows) as y, loop(columns) as x, T.vectorized(0, block) as lane:
+                i, j = first_i + y, first_j + x
                 value = access.x(n, cb * block + lane, top + i, left + j)
                 T.buffer_store(border, value, [(i * side + j) * block + lane])
             _two_sided(b_t, border, side, block, put)
 
 
 def _met(start: Expr, side: int, size: int) -> tuple[Expr, Expr]:
-    """Which of `side` places from `start` on are inside 0 … size - 1: from, to."""
-    return tirx.max(0, -start), tirx.max(0, tirx.min(side, size - start))
+    """Which of `side` places from `start` on are inside 0 … size - 1: the first, and how many."""
+    first = tirx.max(0, -start)
+    return first, tirx.max(0, tirx.min(side, size - start) - first)
 
 
 def _two_sided(matrix: Matrix, tile: Any, side: int, block: int, put: Any) -> None:
@@ -197,11 +200,11 @@ def _multiply(
     conv: WinogradPlan, inputs: Any, products: Any, weights: Any, panel: Expr, j: Expr,
     place: Expr,
 ) -> None:  # fmt: skip
-    """The products of all tiles of the block with one panel of weights: one place, one channel tile.
+    """The products of all tiles of the block with a panel of weights: one place, one tile.
 
     Meanwhile the next panel is asked for, each piece of tiles taking its share.
     """
-    width, parts = conv.width, conv.depth_parts
+    parts = conv.depth_parts
     cut = split(conv.cut.size, conv.pixels)
     pieces = [
         (cut.size, 0, 0, cut.large),
