@@ -4,6 +4,10 @@
 
 RAM: the planned arena beside the largest sum of tensors that are alive at one step, which no plan
 without working in place can beat. Flash: the library, and what is left of it without the weights.
+
+For this machine also the peak resident memory of processes that load the model and run it once: a C
+program with the library, Python with `graphopt.load`, Python with ONNX Runtime. There, a ratio is
+what ONNX Runtime takes divided by what graphopt takes: above 1, graphopt takes less.
 """
 
 from __future__ import annotations
@@ -21,8 +25,10 @@ from rich.console import Console
 from rich.table import Table
 
 import graphopt
+from bench import onnx_models, resident
+from bench.onnx_models import BenchModel
 from graphopt.backends.lower import live_bytes
-from tests.models import zoo
+from graphopt.errors import GraphoptError
 
 RUNTIME_MEMBERS = ("runtime", "pool", "cpu")
 
@@ -48,16 +54,14 @@ def archive_members(path: Path) -> dict[str, int]:
     return members
 
 
-def measure(name: str, target: str) -> dict[str, Any]:
-    """Compile one model of the zoo and measure what came out."""
-    entry = zoo.MODELS[name]
-    fixed = entry.kind == "onnx" and not entry.dynamic
-    inputs = None if fixed else entry.inputs()
-    compiled = graphopt.compile(entry.model(), inputs, target=target, name=name)
+def measure(model: BenchModel, target: str) -> dict[str, Any]:
+    """Compile one model and measure what came out."""
+    compiled = graphopt.compile(model.path, model.compile_inputs(), target=target, name=model.name)
     with tempfile.TemporaryDirectory() as folder:
         artifact = compiled.export(Path(folder) / "out")
         library = artifact.library.stat().st_size
         members = archive_members(artifact.archive)
+        peaks = resident_memory(model, str(artifact.folder)) if target == "host" else {}
     program = compiled.program
     live = live_bytes(program)
     return {
@@ -68,29 +72,27 @@ def measure(name: str, target: str) -> dict[str, Any]:
         "weights": program.weights,
         "library": library,
         "library_without_weights": library - program.weights,
-        "runtime_object": sum(members[f"{name}_{part}.o"] for part in RUNTIME_MEMBERS),
+        "runtime_object": sum(members[f"{model.name}_{part}.o"] for part in RUNTIME_MEMBERS),
+        "resident": peaks,
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("models", nargs="*", metavar="MODEL", help=", ".join(zoo.MODELS))
-    parser.add_argument("--target", default="host")
-    parser.add_argument("--json", action="store_true", help="print one JSON value and no table")
-    options = parser.parse_args()
-    unknown = sorted(set(options.models) - set(zoo.MODELS))
-    if unknown:
-        parser.error(f"no such model: {', '.join(unknown)}")
+def resident_memory(model: BenchModel, folder: str) -> dict[str, Any]:
+    """Peak resident bytes of the processes, and ONNX Runtime's relative to graphopt's."""
+    in_c = resident.c_process(folder, model.inputs)
+    in_python = resident.python_process("graphopt", folder, model.inputs)
+    theirs = resident.python_process("onnxruntime", str(model.path), model.inputs)
+    return {
+        "graphopt_c": in_c,
+        "graphopt_python": in_python,
+        "onnxruntime_python": theirs,
+        "ratio_c": theirs / in_c,
+        "ratio_python": theirs / in_python,
+    }
 
-    progress = Console(stderr=True)
-    results = {}
-    for name in options.models or zoo.MODELS:
-        progress.print(f"{name}: building")
-        results[name] = measure(name, options.target)
-    if options.json:
-        print(json.dumps({"target": options.target, "models": results}, indent=1))
-        return
-    table = Table(title=f"{options.target}, KB (1,024 bytes)")
+
+def plan_table(results: dict[str, Any], target: str) -> Table:
+    """What the compiler planned and built."""
     columns = {
         "arena": "arena",
         "live": "largest live sum",
@@ -101,18 +103,73 @@ def main() -> None:
         "library_without_weights": "without weights",
         "runtime_object": "runtime object",
     }
-    table.add_column("model")
+    table = Table("model", title=f"{target}, KB (1,024 bytes)")
     for title in columns.values():
         table.add_column(title, justify="right")
     for name, result in results.items():
-        table.add_row(
-            name,
-            *(
-                f"{result[key]:.3f}" if key == "ratio" else f"{result[key] / 1024:,.1f}"
-                for key in columns
-            ),
+        figures = (
+            f"{result[key]:.3f}" if key == "ratio" else f"{result[key] / 1024:,.1f}"
+            for key in columns
         )
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+        table.add_row(name, *figures)
+    return table
+
+
+def resident_table(results: dict[str, Any], python: int) -> Table:
+    """What processes took."""
+    columns = {
+        "graphopt_c": "graphopt, C",
+        "graphopt_python": "graphopt, Python",
+        "onnxruntime_python": "ONNX Runtime, Python",
+        "ratio_c": "ratio to C",
+        "ratio_python": "ratio to Python",
+    }
+    table = Table("model", title="peak resident memory of a process, MB (1,048,576 bytes)")
+    for title in columns.values():
+        table.add_column(title, justify="right")
+    for name, result in results.items():
+        peaks = result["resident"]
+        figures = (
+            f"{peaks[key]:.2f}" if key.startswith("ratio") else f"{peaks[key] / 2**20:,.1f}"
+            for key in columns
+        )
+        table.add_row(name, *figures)
+    table.caption = (
+        f"Python with numpy alone: {python / 2**20:.1f} MB. A ratio above 1: graphopt takes less."
+    )
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "models",
+        nargs="*",
+        metavar="MODEL",
+        default=list(onnx_models.NAMES),
+        help=f"an .onnx file with fixed shapes, or: {', '.join(onnx_models.NAMES)}",
+    )
+    parser.add_argument("--target", default="host")
+    parser.add_argument("--json", action="store_true", help="print one JSON value and no table")
+    options = parser.parse_args()
+
+    progress = Console(stderr=True)
+    report: dict[str, Any] = {"target": options.target, "models": {}}
+    try:
+        if options.target == "host":
+            report["python_alone"] = resident.python_process("nothing", "", {})
+        for model in [onnx_models.find(name) for name in options.models]:
+            progress.print(f"{model.name}: building")
+            report["models"][model.name] = measure(model, options.target)
+    except (GraphoptError, RuntimeError) as error:
+        raise SystemExit(f"error: {error}") from None
+    if options.json:
+        print(json.dumps(report, indent=1))
+        return
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(plan_table(report["models"], options.target))
+    if options.target == "host":
+        console.print(resident_table(report["models"], report["python_alone"]))
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def export(entry: Any) -> Path:
     partial = path.with_suffix(".partial")
     with warnings.catch_warnings():
         # The new exporter needs onnxscript; for these models the old one gives the same graph.
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")
         torch.onnx.export(
             entry.model(),
             tuple(torch.from_numpy(array) for array in inputs.values()),

@@ -6,9 +6,13 @@ python bench/peak.py
 from __future__ import annotations
 
 import os
-import subprocess
+import sys
 import tempfile
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.native import compile_program, output_of
 
 SOURCE = Path(__file__).with_name("peak.c")
 
@@ -21,18 +25,7 @@ def measure() -> float:
     """
     core = min(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory(prefix="graphopt-peak-") as folder:
-        program = Path(folder) / "peak"
-        _run(["gcc", "-O2", "-march=native", "-o", str(program), str(SOURCE)])
-        return float(_run([str(program), str(core)]))
-
-
-def _run(command: list[str]) -> str:
-    try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    except FileNotFoundError:
-        raise RuntimeError(f"{command[0]} is missing: `make system-packages`") from None
-    except subprocess.CalledProcessError as error:
-        raise RuntimeError(f"{' '.join(command)}: {error.stderr.strip()}") from None
+        return float(output_of([str(compile_program(SOURCE, Path(folder))), str(core)]))
 
 
 if __name__ == "__main__":

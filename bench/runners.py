@@ -169,6 +169,11 @@ def torch_compile(name: str, inputs: Arrays, threads: int) -> Run:
     return run
 
 
+def nothing(source: str, inputs: Arrays, threads: int) -> Run:
+    """No system and no model: what is measured then is Python's own."""
+    return lambda: []
+
+
 def torch_eager(name: str, inputs: Arrays, threads: int) -> Run:
     """A model of the zoo in PyTorch as it is."""
     import torch

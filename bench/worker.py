@@ -54,7 +54,7 @@ def main() -> None:
         run = prepare(json.loads(sys.stdin.readline()))
     except Exception as error:
         answer({"error": f"{type(error).__name__}: {error}"})
-        return
+        raise SystemExit(1) from None
     answer({"ready": True})
     for line in sys.stdin:
         answer({"seconds": measure(run, json.loads(line)["count"])})
