@@ -3,6 +3,7 @@
     python bench/kernels.py                        # the layers of nine common networks
     python bench/kernels.py --only "k3 p1$"        # those whose text matches
     python bench/kernels.py --model mobilenet_v2   # a model's own: a name or an .onnx file
+    python bench/kernels.py "conv 16x56x56 32 k3 p1" "linear 128x384 1536"
 
 A layer runs as inside a network, its input just written and its weights long out of the caches, on
 one core, the choices in turn; the best of many runs counts. GFLOP/s are of the operations that the
@@ -40,6 +41,7 @@ from graphopt.backends.kernels import GENERATORS, winograd_plan
 from graphopt.backends.kernels.conv import lower_direct, lower_winograd
 from graphopt.backends.lower import lower
 from graphopt.backends.target import Target, host
+from graphopt.errors import GraphoptError
 from graphopt.importers import import_model
 from graphopt.passes.base import Context
 from graphopt.passes.manager import run_passes
@@ -242,14 +244,18 @@ def model_layers(name: str) -> list[Layer]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("layers", nargs="*", metavar="LAYER", help="see `common_layers.py`")
     parser.add_argument("--model", action="append", help="take this model's layers; repeatable")
     parser.add_argument("--only", metavar="REGEX", default="", help="layers whose text matches")
     parser.add_argument("--rounds", type=int, default=20, help="runs of each choice")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures to a file too")
     options = parser.parse_args()
-    layers = [parse(text) for text in COMMON_LAYERS]
-    if options.model:
-        layers = list(dict.fromkeys(each for name in options.model for each in model_layers(name)))
+    given = [parse(text) for text in options.layers]
+    try:
+        given += [each for name in options.model or () for each in model_layers(name)]
+    except GraphoptError as error:
+        parser.error(str(error))
+    layers = list(dict.fromkeys(given or [parse(text) for text in COMMON_LAYERS]))
     layers = [layer for layer in layers if re.search(options.only, str(layer))]
     if not layers:
         parser.error("no such layer")
