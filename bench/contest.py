@@ -97,7 +97,8 @@ class Worker:
         cores = sorted(os.sched_getaffinity(0))[:threads]
         with self._messages.open("wb") as messages:
             self._process = subprocess.Popen(
-                [contestant.python, str(Path(__file__).with_name("worker.py"))],
+                [contestant.python, "-m", "bench.worker"],
+                cwd=ROOT,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=messages,

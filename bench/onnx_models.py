@@ -64,7 +64,7 @@ def find(name: str) -> BenchModel:
         entry = zoo.MODELS[name]
         path = export(entry) if entry.kind == "torch" else Path(entry.model())
         return BenchModel(name, path, entry.inputs(), entry.dynamic)
-    path = Path(name)
+    path = Path(name).resolve()
     if path.suffix != ".onnx" or not path.is_file():
         raise ModelError(f"no such model: {name}", hint=f"an .onnx file, or {', '.join(NAMES)}.")
     return BenchModel(re.sub(r"\W", "_", path.stem), path, _drawn_inputs(path))

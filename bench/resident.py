@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.contest import Arrays
+from bench.contest import ROOT, Arrays
 from bench.native import compile_program
 from bench.peers import environment
 from graphopt.runtime.devices import build_runner
 
-HERE = Path(__file__).resolve().parent
+MAXRSS = Path(__file__).with_name("maxrss.c")
 
 
 def c_process(folder: str, inputs: Arrays) -> int:
@@ -39,16 +39,20 @@ def python_process(runner: str, source: str, inputs: Arrays) -> int:
             "outputs": str(Path(folder) / "outputs.npz"),
             "threads": 1,
         }
-        command = [str(python), str(HERE / "worker.py")]
+        command = [str(python), "-m", "bench.worker"]
         return _peak(command, json.dumps(request).encode() + b"\n")
 
 
 def _peak(command: Sequence[str], data: bytes) -> int:
     with tempfile.TemporaryDirectory(prefix="graphopt-memory-") as folder:
-        program = compile_program(HERE / "maxrss.c", Path(folder))
+        program = compile_program(MAXRSS, Path(folder))
         figure = Path(folder) / "bytes"
         done = subprocess.run(
-            [str(program), str(figure), *command], input=data, capture_output=True, check=False
+            [str(program), str(figure), *command],
+            cwd=ROOT,
+            input=data,
+            capture_output=True,
+            check=False,
         )
         if done.returncode != 0:
             said = (done.stderr + done.stdout).decode(errors="replace").strip()

@@ -3,6 +3,9 @@
 One line of JSON each way at a time. In: which runner of `runners.py`, its source, the inputs.
 Out: `{"ready": true}` once it has run, its outputs being in a file, or `{"error": "..."}`.
 Then `{"count": 5}` is answered with `{"seconds": [...]}` as often as asked.
+
+It is started as a module from the repository's root: a script has its folder on the path, where
+`bench/kernels.py` passes for the package of that name that transformers looks for.
 """
 
 from __future__ import annotations
@@ -11,10 +14,7 @@ import json
 import os
 import sys
 import time
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 

@@ -27,7 +27,7 @@ class PeersMissingError(GraphoptError):
 
 def folder() -> Path:
     """Where everything of the peers is."""
-    return cache_folder() / "peers"
+    return cache_folder().resolve() / "peers"
 
 
 def python() -> Path:
@@ -74,7 +74,8 @@ def export_models() -> None:
     if _is_current(place, [REQUIREMENTS, EXPORTER]):
         return
     print(f"exporting models to {place}", flush=True)
-    subprocess.run([str(python()), str(EXPORTER), str(place)], check=True)
+    command = [str(python()), "-m", "bench.peers.export", str(place)]
+    subprocess.run(command, check=True, cwd=HERE.parents[1])
     _mark(place, [REQUIREMENTS, EXPORTER])
 
 
