@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 from torch import fx
 
-from graphopt.backends.kernels import conv_direct, depthwise, winograd, winograd_plan
+from graphopt.backends.kernels import depthwise, winograd, winograd_plan
 from graphopt.backends.kernels.base import (
     KernelSource,
     Request,
@@ -18,6 +19,7 @@ from graphopt.backends.kernels.base import (
 )
 from graphopt.backends.kernels.builder import View
 from graphopt.backends.kernels.conv_direct import Accessors, ConvSpec
+from graphopt.backends.kernels.conv_product import conv_product
 from graphopt.backends.kernels.fusion import Group
 from graphopt.ops.opdef import Call, Expr, Index
 from graphopt.program.layout import PLAIN, block_of
@@ -96,9 +98,10 @@ def lower_direct(request: Request) -> KernelSource | None:
         spec = _one_row(spec)
     elif column:
         spec = _swapped(spec)
-    conv = conv_direct.plan(spec, request.target.isa, request.target.l2_bytes)
-    packed = conv_direct.pack_weights(weight, conv)
     source = call["input"]
+    blocked = request.spec(source).layout != PLAIN
+    product = conv_product(spec, weight, request.target, may_gather=blocked)
+    far = prod(call.shape_of("input")) * 4 > request.target.l2_bytes // 2
     out_spec = request.spec(request.root)
     block = block_of(out_spec.layout)
     in_blocks = block is not None and (spec.groups == 1 or spec.ocg % block == 0)
@@ -121,13 +124,14 @@ def lower_direct(request: Request) -> KernelSource | None:
             vector=in_blocks,
             padded=in_blocks and spec.groups == 1,
             heavy=request.heavy_epilogue,
+            ahead=one_row and blocked and far,
         )
-        conv_direct.emit(conv, task, constants[0], access)
+        product.emit(task, constants[0], scratch, access)
 
-    in_place = same_place(request, taken=[source])
     reads = request.reads_without(call["weight"])
-    return KernelSource(conv.describe(), conv.tasks, spec.flops, emit, reads, (packed,),
-                        in_place=in_place)  # fmt: skip
+    return KernelSource(product.origin, product.tasks, spec.flops, emit, reads, (product.weights,),
+                        scratch=product.scratch,
+                        in_place=same_place(request, taken=[source]))  # fmt: skip
 
 
 def lower_winograd(request: Request) -> KernelSource | None:

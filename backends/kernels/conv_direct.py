@@ -24,14 +24,21 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.isa.base import Isa
-from graphopt.backends.kernels.builder import f32, loop, unflatten
-from graphopt.backends.kernels.tiling import Split, Tile, choose_tile, split
+from graphopt.backends.kernels.builder import f32, loop, prefetch, unflatten
+from graphopt.backends.kernels.tiling import LINE, Split, Tile, choose_tile, split, step_time
 from graphopt.ops.math import share
 from graphopt.ops.opdef import Expr
 
 MAX_UNROLLED_KERNEL = 11
 _TARGET_STEPS = 1 << 15
 """Register-tile steps worth one task; keeps the task loop's cost below a percent."""
+
+
+_PANEL_BYTES = 24576
+"""Weights of a tile that stay in the first-level cache from one tile of pixels to the next."""
+_SECOND_LEVEL_BYTES = 12.8
+"""Bytes of weights per cycle from the second-level cache, as measured: tiles of 16×4 and 16×3 in
+turn lost a third, 16×5 a tenth."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,7 @@ class Accessors:
         vector: whether neighbouring channels are neighbours in memory.
         padded: whether channels behind the last one of a block may be stored too.
         heavy: whether the epilogue is too long to repeat for every accumulator.
+        ahead: whether to ask for the next pixels' inputs, which come from far.
     """
 
     x: Callable[[Expr, Expr, Expr, Expr], Expr]
@@ -74,6 +82,7 @@ class Accessors:
     vector: bool
     padded: bool
     heavy: bool
+    ahead: bool = False
 
 
 @dataclass(frozen=True)
@@ -172,6 +181,23 @@ def plan(spec: ConvSpec, isa: Isa, l2_bytes: int) -> ConvPlan:
     if channels_outer:
         tiles_per_task = min(tiles, max(tiles_per_task, 4))
     return ConvPlan(spec, block, channels, segments, tiles, tiles_per_task, channels_outer)
+
+
+def cost(conv: ConvPlan, isa: Isa) -> float:
+    """Estimated cycles of one core: multiply-adds, or the weights' way from the second level."""
+    spec = conv.spec
+    depth = spec.icg * spec.kernel[0] * spec.kernel[1]
+    width = conv.channels.size * conv.block
+    registers = width // isa.lanes()
+    far = depth * width * 4 > _PANEL_BYTES
+    row = 0.0
+    for segment in conv.segments:
+        step = step_time(registers, segment.pixels, isa)
+        if far:
+            step = max(step, width * 4 / _SECOND_LEVEL_BYTES)
+        row += (segment.last - segment.first) * step
+    rows = spec.batch * spec.groups * spec.out_size[0]
+    return rows * conv.channels.count * depth * row
 
 
 def pack_weights(weight: npt.NDArray[Any], conv: ConvPlan) -> npt.NDArray[np.float32]:
@@ -300,6 +326,9 @@ def _tile(
             kh = low + i
             ih = row + kh * spec.dilation[0]
             rows = start + kh * (channels * width)
+            if access.ahead:
+                for p in range(pixels, 2 * pixels, max(1, LINE // block)):
+                    prefetch(access.x(n, g * spec.icg + first, ih, left + p * spec.stride[1]))
             inner = 4 if channels % 4 == 0 else channels
             with loop(channels // inner) as outer:
                 for ci in range(inner):
@@ -324,7 +353,7 @@ def _tile(
     else:
         with loop(kernel_w) as kw:
             kernel_column(kw, frozenset())
-    _finish(conv, acc, pixels, vectors, n, g, oh, column, tile_block, access)
+    finish(spec, block, acc, pixels, vectors, n, g, lambda p: (oh, column + p), tile_block, access)
 
 
 def kernel_rows(spec: ConvSpec, row: Expr) -> tuple[Expr, Expr]:
@@ -340,12 +369,11 @@ def kernel_rows(spec: ConvSpec, row: Expr) -> tuple[Expr, Expr]:
     return low, high
 
 
-def _finish(
-    conv: ConvPlan, acc: Any, pixels: int, vectors: int, n: Expr, g: Expr, oh: Expr,
-    column: Expr, tile_block: Expr, access: Accessors,
+def finish(
+    spec: ConvSpec, block: int, acc: Any, pixels: int, vectors: int, n: Expr, g: Expr,
+    place: Callable[[Expr], tuple[Expr, Expr]], tile_block: Expr, access: Accessors,
 ) -> None:  # fmt: skip
-    """Epilogue and stores of one tile."""
-    spec, block = conv.spec, conv.block
+    """Epilogue and stores of one register tile; `place` gives the row and column of a pixel."""
     ragged = spec.ocg % block
     source = acc
     if access.heavy:
@@ -361,7 +389,7 @@ def _finish(
 
         def lanes(count: int, kind: str) -> None:
             with loop(count, kind) as lane:
-                access.store(n, g * spec.ocg + channel + lane, oh, column + p, source[slot + lane])
+                access.store(n, g * spec.ocg + channel + lane, *place(p), source[slot + lane])
 
         kind = "vectorized" if access.vector else "unroll"
         if not ragged or access.padded:

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from graphopt.backends.kernels import conv_direct
 from graphopt.backends.kernels.base import (
     KernelSource,
     Request,
@@ -18,6 +17,7 @@ from graphopt.backends.kernels.base import (
 )
 from graphopt.backends.kernels.builder import View, unflatten
 from graphopt.backends.kernels.conv_direct import Accessors, ConvSpec
+from graphopt.backends.kernels.conv_product import conv_product
 from graphopt.backends.kernels.fusion import Group
 from graphopt.ops import OPS
 from graphopt.ops.opdef import Expr, Index
@@ -43,8 +43,7 @@ def lower_linear(request: Request) -> KernelSource | None:
     merge = plain and len(lead) > 0 and collapsible(request, lead)
     m = prod(shape[:-1])
     spec = ConvSpec(1, 1, n_in, n_out, (1, m), (1, m), (1, 1))
-    conv = conv_direct.plan(spec, request.target.isa, request.target.l2_bytes)
-    packed = conv_direct.pack_weights(matrix.reshape(n_out, n_in, 1, 1), conv)
+    product = conv_product(spec, matrix.reshape(n_out, n_in, 1, 1), request.target)
 
     def emit(
         task: Expr, views: dict[fx.Node, View], constants: list[Any], out: View, group: Group,
@@ -80,9 +79,10 @@ def lower_linear(request: Request) -> KernelSource | None:
             padded=False,
             heavy=request.heavy_epilogue,
         )
-        conv_direct.emit(conv, task, constants[0], access)
+        product.emit(task, constants[0], scratch, access)
 
     reads = request.reads_without(weight_node)
-    origin = conv.describe().replace("conv_direct", "gemm")
-    return KernelSource(origin, conv.tasks, spec.flops, emit, reads, (packed,),
+    origin = product.origin.replace("conv_direct", "gemm").replace("conv_deep", "gemm_deep")
+    return KernelSource(origin, product.tasks, spec.flops, emit, reads, (product.weights,),
+                        scratch=product.scratch,
                         in_place=same_place(request, taken=[source]))  # fmt: skip

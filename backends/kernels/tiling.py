@@ -7,6 +7,8 @@ from functools import lru_cache
 
 from graphopt.backends.isa.base import Isa
 
+LINE = 16
+"""Floats in a cache line."""
 _FMA_LATENCY = 4
 _MULTIPLY_ADDS = 2
 """Vector multiply-adds per cycle; true of every core in the target list but the A53."""

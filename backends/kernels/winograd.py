@@ -26,10 +26,9 @@ from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.kernels.builder import f32, loop, prefetch, unflatten
 from graphopt.backends.kernels.conv_direct import Accessors
-from graphopt.backends.kernels.tiling import split
+from graphopt.backends.kernels.tiling import LINE, split
 from graphopt.backends.kernels.winograd_plan import (
     KERNEL,
-    LINE,
     Matrix,
     WinogradPlan,
     transforms,

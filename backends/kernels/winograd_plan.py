@@ -10,7 +10,7 @@ from typing import Any
 
 from graphopt.backends.isa.base import Isa
 from graphopt.backends.kernels.conv_direct import ConvSpec
-from graphopt.backends.kernels.tiling import Split, fits, split, step_time
+from graphopt.backends.kernels.tiling import LINE, Split, fits, split, step_time
 
 KERNEL = 3
 _POINTS = {
@@ -27,8 +27,6 @@ _MOST_TILES = 48
 PANEL_BYTES = 8192
 """Weights multiplied with all tiles before the next ones: they share the first-level cache with
 their inputs."""
-LINE = 16
-"""Floats in a cache line."""
 
 Matrix = tuple[tuple[Fraction, ...], ...]
 

@@ -1,0 +1,373 @@
+"""Convolution and matrix product whose weights do not fit the second-level cache.
+
+Direct convolution would read such weights once for every row of pixels. Here the pixels of an image
+are one row, and a task computes a group of output channels for a block of them, part by part of the
+depth: it multiplies all pixels of the block by a panel of weights (one part of the depth, one tile
+of output channels) while that is in the first-level cache, keeps the sums in scratch until the
+next part, and asks for the next panel ahead. So every weight comes from memory once, in order
+(Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008, with the roles of
+the operands that few pixels and many weights ask for).
+
+What is no matrix product as it is, because the kernel has several taps, strides or pads, becomes one
+part by part: the task first gathers what each of its pixels reads into scratch (im2col; Chellapilla
+et al., "High Performance Convolutional Neural Networks for Document Processing", 2006).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from graphopt.backends.isa.base import Isa
+from graphopt.backends.kernels.builder import f32, loop, prefetch, unflatten
+from graphopt.backends.kernels.conv_direct import Accessors, ConvSpec, finish
+from graphopt.backends.kernels.tiling import LINE, Split, choose_tile, split, step_time
+from graphopt.ops.opdef import Expr
+
+_PANEL_BYTES = 12288
+"""Weights multiplied with all pixels before the next ones; half of a small first-level cache."""
+_SUMS_BYTES = 32768
+_MOST_PIXELS = 256
+_FEWEST_PIXELS = 4
+_FEWEST_TASKS = 8
+_GATHERED_FOR = 128
+"""Output channels, at least, that what a task gathered is multiplied with."""
+_FEWEST_GATHERS = 4
+_GATHER_CYCLES = 3.0
+"""To copy one vector."""
+_UNROLLED = 4
+
+
+@dataclass(frozen=True)
+class DeepPlan:
+    """The choices for one convolution.
+
+    Attributes:
+        spec: the convolution, in one group.
+        block: channels per block.
+        channels: the blocks of output channels, cut into register tiles.
+        group: register tiles of channels in one task.
+        blocks: the pixels of an image, cut into blocks for the tasks.
+        pixels: pixels of a register tile, at most.
+        parts: equal parts of the input channels.
+    """
+
+    spec: ConvSpec
+    block: int
+    channels: Split
+    group: int
+    blocks: Split
+    pixels: int
+    parts: int
+
+    @property
+    def width(self) -> int:
+        """Output channels of a register tile."""
+        return self.channels.size * self.block
+
+    @property
+    def taps(self) -> int:
+        """Positions of the kernel."""
+        return self.spec.kernel[0] * self.spec.kernel[1]
+
+    @property
+    def part_blocks(self) -> int:
+        """Blocks of input channels in one part."""
+        return self.spec.icg // self.block // self.parts
+
+    @property
+    def part_depth(self) -> int:
+        """Products per output in one part."""
+        return self.part_blocks * self.block * self.taps
+
+    @property
+    def groups(self) -> int:
+        """Groups of channels that are tasks of their own."""
+        return -(-self.channels.count // self.group)
+
+    @property
+    def gathers(self) -> bool:
+        """Whether the pixels' inputs are gathered in scratch first."""
+        return _gathers(self.spec)
+
+    @property
+    def sums(self) -> int:
+        """Floats of the sums kept between parts; none where there is one part."""
+        return self.group * self.blocks.size * self.width if self.parts > 1 else 0
+
+    @property
+    def scratch(self) -> int:
+        """Bytes of scratch per thread."""
+        gathered = self.blocks.size * self.part_depth if self.gathers else 0
+        return 4 * (self.sums + gathered)
+
+    @property
+    def tasks(self) -> int:
+        """Tasks in all."""
+        return self.spec.batch * self.groups * self.blocks.count
+
+    def describe(self) -> str:
+        """For the report."""
+        return f"conv_deep {self.width}×{self.pixels}"
+
+
+def _gathers(spec: ConvSpec) -> bool:
+    one_row = spec.in_size[0] == 1 and spec.in_size == spec.out_size
+    return not (one_row and spec.kernel == (1, 1) and spec.padding == (0, 0))
+
+
+def plan(spec: ConvSpec, isa: Isa, l2_bytes: int) -> DeepPlan | None:
+    """The plan; None where the weights are few or the shape is not this kernel's."""
+    block = isa.block
+    out_blocks = -(-spec.ocg // block)
+    taps = spec.kernel[0] * spec.kernel[1]
+    total = spec.out_size[0] * spec.out_size[1]
+    if spec.groups > 1 or spec.icg % block or total < _FEWEST_PIXELS:
+        return None
+    if spec.icg * taps * out_blocks * block * 4 <= l2_bytes * 3 // 2:
+        return None
+    blocks = split(total, min(total, _MOST_PIXELS))
+    tile = choose_tile(out_blocks, blocks.size, isa, block)
+    channels = split(out_blocks, tile.vectors)
+    width = channels.size * block
+    in_blocks = spec.icg // block
+    most = max(1, _PANEL_BYTES // (width * block * taps * 4))
+    parts = next(
+        n for n in range(1, in_blocks + 1) if in_blocks % n == 0 and in_blocks // n <= most
+    )
+    group = max(1, _SUMS_BYTES // (blocks.size * width * 4)) if parts > 1 else 1
+    shares = max(1, _FEWEST_TASKS // (spec.batch * blocks.count))
+    group = min(group, -(-channels.count // shares))
+    if _gathers(spec):
+        group = min(max(group, _GATHERED_FOR // width), -(-channels.count // _FEWEST_GATHERS))
+    return DeepPlan(spec, block, channels, group, blocks, tile.pixels, parts)
+
+
+def cost(deep: DeepPlan, isa: Isa) -> float:
+    """Estimated cycles of one core: the products, and gathering once for every group."""
+    spec = deep.spec
+    cut = split(deep.blocks.size, deep.pixels)
+    registers = deep.width // isa.lanes()
+    steps = cut.large * step_time(registers, cut.size, isa)
+    steps += (cut.count - cut.large) * step_time(registers, cut.size - 1, isa)
+    depth = spec.icg * deep.taps
+    images = spec.batch * deep.blocks.count
+    gathering = 0.0
+    if deep.gathers:
+        gathering = deep.groups * deep.blocks.size * depth / isa.lanes() * _GATHER_CYCLES
+    return images * (deep.channels.count * depth * steps + gathering)
+
+
+def pack_weights(weight: npt.NDArray[Any], deep: DeepPlan) -> npt.NDArray[np.float32]:
+    """Pack `(oc, ic, KH, KW)` weights in the order in which tasks read them.
+
+    That is by group, part, channel tile, kernel column, block of input channels, kernel row, input
+    channel in its block, output channel in its tile. Missing output channels are zero.
+    """
+    spec, block, parts = deep.spec, deep.block, deep.parts
+    tiles = deep.groups * deep.group
+    whole = np.zeros((tiles * deep.width, *weight.shape[1:]), np.float32)
+    first = source = 0
+    for t in range(deep.channels.count):
+        lanes = (deep.channels.size - (t >= deep.channels.large)) * block
+        rows = weight[source : source + lanes]
+        whole[first : first + len(rows)] = rows
+        source += lanes
+        first += deep.width
+    shape = (deep.groups, deep.group, deep.width, parts, deep.part_blocks, block, *spec.kernel)
+    # group, tile, width, part, in block, channel, row, column
+    return np.ascontiguousarray(whole.reshape(shape).transpose(0, 3, 1, 7, 4, 6, 5, 2)).ravel()
+
+
+def emit(deep: DeepPlan, task: Expr, weights: Any, scratch: Any, access: Accessors) -> None:
+    """Emit one task; `weights` is the flat TIR buffer of the packed weights."""
+    n, group, part_of_image = unflatten(task, [deep.spec.batch, deep.groups, deep.blocks.count])
+    _Task(deep, n, group, part_of_image, weights, scratch, access).emit()
+
+
+class _Task:
+    """One task's indices and buffers."""
+
+    def __init__(
+        self, deep: DeepPlan, n: Expr, group: Expr, block: Expr, weights: Any, scratch: Any,
+        access: Accessors,
+    ) -> None:  # fmt: skip
+        self.deep, self.n, self.group, self.weights = deep, n, group, weights
+        self.access = access
+        size, large = deep.blocks.size, deep.blocks.large
+        self.first = block * size
+        self.count: Expr = size
+        if large < deep.blocks.count:
+            self.first = block * size - tirx.max(0, block - large)
+            self.count = size - (block >= large).astype("int32")
+        if deep.parts > 1:
+            self.sums = T.decl_buffer((deep.sums,), "float32", data=scratch)
+        if deep.gathers:
+            self.gathered = T.decl_buffer(
+                (deep.part_depth // deep.block, size, deep.block), "float32", data=scratch,
+                elem_offset=deep.sums,
+            )  # fmt: skip
+
+    def emit(self) -> None:
+        deep = self.deep
+        with loop(deep.parts) as part:
+            if deep.gathers:
+                self._gather(part)
+            tiles: Expr = deep.group
+            if deep.channels.count % deep.group:
+                tiles = tirx.min(tiles, deep.channels.count - self.group * deep.group)
+            with loop(tiles) as t:
+                tile = self.group * deep.group + t
+                panel = (self.group * deep.parts + part) * deep.group + t
+                self._channel_tile(part, t, tile, panel)
+
+    def _channel_tile(self, part: Expr, t: Expr, tile: Expr, panel: Expr) -> None:
+        """All pixels of the block by one channel tile: wide tiles first, then narrower ones."""
+        channels = self.deep.channels
+        if channels.large == channels.count:
+            self._pixel_tiles(part, t, tile * channels.size, panel, channels.size)
+            return
+        with T.If(tile < channels.large):
+            with T.Then():
+                self._pixel_tiles(part, t, tile * channels.size, panel, channels.size)
+            with T.Else():
+                behind = tile * channels.size - (tile - channels.large)
+                self._pixel_tiles(part, t, behind, panel, channels.size - 1)
+
+    def _pixel_tiles(
+        self, part: Expr, t: Expr, channel_block: Expr, panel: Expr, vectors: int
+    ) -> None:
+        blocks = self.deep.blocks
+        if blocks.large == blocks.count:
+            self._cut(part, t, channel_block, panel, vectors, blocks.size)
+            return
+        with T.If(self.count == blocks.size):
+            with T.Then():
+                self._cut(part, t, channel_block, panel, vectors, blocks.size)
+            with T.Else():
+                self._cut(part, t, channel_block, panel, vectors, blocks.size - 1)
+
+    def _cut(
+        self, part: Expr, t: Expr, channel_block: Expr, panel: Expr, vectors: int, total: int
+    ) -> None:
+        cut = split(total, self.deep.pixels)
+        pieces = [
+            (cut.size, 0, 0, cut.large),
+            (cut.size - 1, cut.large * cut.size, cut.large, cut.count - cut.large),
+        ]
+        for pixels, start, before, count in pieces:
+            if count:
+                with loop(count) as i:
+                    self._register_tile(part, t, channel_block, panel, vectors,
+                                        start + i * pixels, pixels, before + i)  # fmt: skip
+
+    def _register_tile(
+        self, part: Expr, t: Expr, channel_block: Expr, panel: Expr, vectors: int, first: Expr,
+        pixels: int, piece: Expr,
+    ) -> None:  # fmt: skip
+        deep, block = self.deep, self.deep.block
+        slots = pixels * vectors
+        acc = T.alloc_buffer((slots * block,), "float32", scope="local")
+        kept = (t * deep.blocks.size + first) * deep.width
+
+        def each_slot(body: Any) -> None:
+            for p in range(pixels):
+                for v in range(vectors):
+                    with T.vectorized(0, block) as lane:
+                        place = kept + (p * deep.channels.size + v) * block + lane
+                        body((p * vectors + v) * block + lane, place)
+
+        def clear() -> None:
+            each_slot(lambda slot, place: T.buffer_store(acc, f32(0.0), [slot]))
+
+        if deep.parts == 1:
+            clear()
+        else:
+            with T.If(part == 0):
+                with T.Then():
+                    clear()
+                with T.Else():
+                    each_slot(lambda slot, place: T.buffer_store(acc, self.sums[place], [slot]))
+        self._multiply(part, acc, panel, vectors, first, pixels, piece)
+
+        def end() -> None:
+            finish(deep.spec, block, acc, pixels, vectors, self.n, 0,
+                   lambda p: self._place(first + p), channel_block, self.access)  # fmt: skip
+
+        if deep.parts == 1:
+            end()
+            return
+        with T.If(part == deep.parts - 1):
+            with T.Then():
+                end()
+            with T.Else():
+                each_slot(lambda slot, place: T.buffer_store(self.sums, acc[slot], [place]))
+
+    def _place(self, pixel: Expr) -> tuple[Expr, Expr]:
+        """Row and column of a pixel of the task's block."""
+        pixel = self.first + pixel
+        columns = self.deep.spec.out_size[1]
+        if self.deep.spec.out_size[0] == 1:
+            return tirx.const(0, "int32"), pixel
+        return pixel // columns, pixel % columns
+
+    def _multiply(
+        self, part: Expr, acc: Any, panel: Expr, vectors: int, first: Expr, pixels: int,
+        piece: Expr,
+    ) -> None:  # fmt: skip
+        deep, block, width = self.deep, self.deep.block, self.deep.width
+        origin = panel * (deep.part_depth * width)
+
+        def x(p: int, number: Expr, ci: Expr) -> Expr:
+            if deep.gathers:
+                return self.gathered[number, first + p, ci]
+            # A single tap: the number is that of the channel block.
+            channel = (part * deep.part_blocks + number) * block + ci
+            return self.access.x(self.n, channel, *self._place(first + p))
+
+        with loop(deep.part_depth // block) as number, loop(block // _UNROLLED) as outer:
+            row = origin + (number * block + outer * _UNROLLED) * width
+            # A quarter of the next panel's lines each: four pieces ask for all of it.
+            for line in range(0, max(1, _UNROLLED * width // LINE), 4):
+                ahead = deep.part_depth * width + (line + piece % 4) * LINE
+                prefetch(self.weights[row + ahead])
+            for c in range(_UNROLLED):
+                for p in range(pixels):
+                    value = x(p, number, outer * _UNROLLED + c)
+                    for v in range(vectors):
+                        with T.vectorized(0, block) as lane:
+                            slot = (p * vectors + v) * block + lane
+                            w = self.weights[row + c * width + v * block + lane]
+                            T.buffer_store(acc, acc[slot] + value * w, [slot])
+
+    def _gather(self, part: Expr) -> None:
+        """Copy what each pixel reads of the part's channels, with zeros for the padding."""
+        deep, spec = self.deep, self.deep.spec
+        kernel_h, kernel_w = spec.kernel
+        with T.serial(0, self.count) as pixel:
+            row, column = self._place(pixel)
+            with loop(kernel_w) as kw, loop(kernel_h) as kh:
+                ih = row * spec.stride[0] - spec.padding[0] + kh * spec.dilation[0]
+                iw = column * spec.stride[1] - spec.padding[1] + kw * spec.dilation[1]
+
+                def put(value: Callable[[Expr, Expr], Expr], kw: Expr = kw, kh: Expr = kh) -> None:
+                    with loop(deep.part_blocks) as cb, T.vectorized(0, deep.block) as lane:
+                        number = (kw * deep.part_blocks + cb) * kernel_h + kh
+                        T.buffer_store(self.gathered, value(cb, lane), [number, pixel, lane])
+
+                def read(cb: Expr, lane: Expr, ih: Expr = ih, iw: Expr = iw) -> Expr:
+                    channel = (part * deep.part_blocks + cb) * deep.block + lane
+                    return self.access.x(self.n, channel, ih, iw)
+
+                inside = tirx.all(ih >= 0, ih < spec.in_size[0], iw >= 0, iw < spec.in_size[1])
+                with T.If(inside):
+                    with T.Then():
+                        put(read)
+                    with T.Else():
+                        put(lambda cb, lane: f32(0.0))
