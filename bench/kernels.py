@@ -37,7 +37,7 @@ from bench import onnx_models, peak
 from bench.common_layers import COMMON_LAYERS
 from bench.layers import Layer, build, layers_of, parse
 from graphopt.backends.codegen import compile_kernels
-from graphopt.backends.kernels import GENERATORS, winograd_plan
+from graphopt.backends.kernels import GENERATORS, conv_deep, conv_direct, winograd_plan
 from graphopt.backends.kernels.conv import lower_direct, lower_winograd
 from graphopt.backends.lower import lower
 from graphopt.backends.target import Target, host
@@ -50,8 +50,9 @@ from graphopt.runtime.artifact import build_artifact
 from graphopt.runtime.load import LoadedModel, load
 from graphopt.runtime.profile import profile_steps
 
-DIRECT = "direct"
+DIRECT, DEEP = "direct", "deep"
 WINOGRAD = {f"F({m})": m for m in (2, 4)}
+_NAMES = {"conv_direct": DIRECT, "gemm": DIRECT, "conv_deep": DEEP, "gemm_deep": DEEP}
 CACHES = 64 << 20
 """Bytes to read for the weights to leave the caches."""
 
@@ -61,7 +62,7 @@ class Choice:
     """One way to compute a layer.
 
     Attributes:
-        name: `direct`, `F(2)`, `F(4)`; where there is no choice, the generator's name.
+        name: `direct`, `deep`, `F(2)`, `F(4)`, or the generator of what is no plain convolution.
         generator: the generator and its configuration.
         chosen: whether graphopt takes this one.
         flops: operations the kernel does.
@@ -91,10 +92,14 @@ class Candidate:
 
 @contextmanager
 def forced(name: str) -> Iterator[None]:
-    """While it lasts, convolutions are lowered this way, whatever is estimated."""
+    """While it lasts, products and convolutions are lowered this way, whatever is estimated."""
     with ExitStack() as stack:
         if name == DIRECT:
             stack.enter_context(patch.dict(GENERATORS, convolution=(lower_direct,)))
+            stack.enter_context(patch.object(conv_deep, "plan", lambda *_: None))
+        elif name == DEEP:
+            stack.enter_context(patch.dict(GENERATORS, convolution=(lower_direct,)))
+            stack.enter_context(patch.object(conv_direct, "cost", lambda *_: math.inf))
         elif name in WINOGRAD:
             m = WINOGRAD[name]
             # What is beside the layer is no 3×3 convolution: Winograd refuses it.
@@ -106,12 +111,14 @@ def forced(name: str) -> Iterator[None]:
         yield
 
 
-def choices_of(layer: Layer) -> Sequence[str]:
-    """The names of the ways there are; one empty name where there is only one way."""
+def choices_of(layer: Layer, target: Target) -> Sequence[str]:
+    """The names of the ways there are; one empty name where it is no plain convolution."""
     spec = layer.conv_spec
-    if layer.op == "conv" and spec and winograd_plan.supports(spec):
-        return (DIRECT, *WINOGRAD)
-    return ("",)
+    if spec is None or spec.groups > 1:
+        return ("",)
+    is_deep = conv_deep.plan(spec, target.isa, target.l2_bytes) is not None
+    has_winograd = layer.op == "conv" and winograd_plan.supports(spec)
+    return (DIRECT, *([DEEP] if is_deep else []), *(WINOGRAD if has_winograd else []))
 
 
 def name_of(generator: str) -> str:
@@ -119,7 +126,8 @@ def name_of(generator: str) -> str:
     winograd = re.match(r"winograd F\((\d)", generator)
     if winograd:
         return f"F({winograd[1]})"
-    return generator.split()[0].replace("conv_direct", DIRECT)
+    kind = generator.split()[0]
+    return _NAMES.get(kind, kind)
 
 
 def cycles_of(layer: Layer, name: str, target: Target) -> float | None:
@@ -130,7 +138,13 @@ def cycles_of(layer: Layer, name: str, target: Target) -> float | None:
     isa, l2_bytes = target.isa, target.l2_bytes
     if name in WINOGRAD:
         return winograd_plan.cost(winograd_plan.plan(spec, isa, l2_bytes), isa, l2_bytes)
-    return winograd_plan.direct_cost(spec, isa, l2_bytes)
+    if name == DEEP:
+        deep = conv_deep.plan(spec, isa, l2_bytes)
+        return None if deep is None else conv_deep.cost(deep, isa)
+    if layer.op == "conv" and winograd_plan.supports(spec):
+        # This is what Winograd's estimate is held against.
+        return winograd_plan.direct_cost(spec, isa, l2_bytes)
+    return conv_direct.cost(conv_direct.plan(spec, isa, l2_bytes), isa)
 
 
 def own_flops(layer: Layer, name: str, flops: int) -> int:
@@ -175,7 +189,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         candidates = [
             prepare(layer, name, target, Path(folder) / str(number))
-            for number, name in enumerate(choices_of(layer))
+            for number, name in enumerate(choices_of(layer, target))
         ]
         for each in candidates:
             stack.enter_context(each.model)
