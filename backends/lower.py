@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import fx
 
 from graphopt import graph as G
 from graphopt.backends.kernels import GENERATORS
-from graphopt.backends.kernels.base import KernelSource, Request
+from graphopt.backends.kernels.base import Alternatives, KernelSource, Request
 from graphopt.backends.kernels.builder import BufferSpec, build_kernel
 from graphopt.backends.kernels.fusion import Group
 from graphopt.backends.kernels.generic_lower import lower_map, lower_reduction
@@ -23,25 +24,42 @@ from graphopt.errors import UnsupportedError
 from graphopt.ops import OPS
 from graphopt.ops.opdef import Kind
 from graphopt.ops.scalar import TIR_NAMES
+from graphopt.program.concatenation import plan_concatenations
 from graphopt.program.ir import ALIGNMENT, Buffer, Kernel, Program, Role, Step
 from graphopt.program.layout import PLAIN, physical_size
 from graphopt.program.layouts import assign_layouts
 from graphopt.program.memory import Lifetime, largest_live, lifetimes_of, plan_offsets, round_up
 from graphopt.program.partition import NodeGroup, partition, tensor_operands
 
+TUNED = " (tuned)"
+"""Behind the origin of a kernel that was not left to the cost model."""
 _SERIAL_WORK = 50_000
 """Operations below which handing work to another thread costs more than it saves."""
 
 
-class _Lowering:
+Choice = Callable[[Alternatives], str | None]
+"""Names the candidate to take; None, or a name that there is not, leaves it to the cost model."""
+
+
+def by_cost(_: Alternatives) -> str | None:
+    """Always leaves it to the cost model."""
+    return None
+
+
+class Lowering:
     """State of one lowering: buffers, kernels and steps so far."""
 
-    def __init__(self, gm: fx.GraphModule, target: Target, name: str, winograd: bool) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, target: Target, name: str, winograd: bool, choice: Choice
+    ) -> None:
+        """Nothing is lowered yet."""
         self.gm = gm
+        self.choice = choice
         self.target = target
         self.name = name
         self.winograd = winograd
         self.layouts = assign_layouts(gm, target.isa.block)
+        self.in_place_cat = plan_concatenations(gm, self.layouts)
         self.buffers: dict[str, Buffer] = {}
         self.home: dict[fx.Node, str] = {}
         self.steps: list[Step] = []
@@ -80,6 +98,17 @@ class _Lowering:
             self.constants[key] = name
         return self.constants[key]
 
+    def add_arena(self, node: fx.Node) -> str:
+        """Register the buffer of a computed tensor, a piece of another where it belongs there."""
+        if node in self.home:
+            return self.home[node]
+        self.home[node] = name = self.add_buffer(node.name, self.spec(node), "arena")
+        if node in self.in_place_cat.pieces:
+            holder, offset = self.in_place_cat.pieces[node]
+            within = self.add_arena(holder)
+            self.buffers[name] = replace(self.buffers[name], within=within, offset=offset)
+        return name
+
     def value_of(self, node: Any) -> npt.NDArray[Any] | None:
         """A constant node's value."""
         tensor = G.constant(self.gm, node)
@@ -102,7 +131,7 @@ class _Lowering:
         reads = [self.locate(node) for node in source.reads]
         constants = [self.add_constant("packed", data) for data in source.constants]
         root = group.root
-        out = destination or self.add_buffer(root.name, self.spec(root), "arena")
+        out = destination or self.add_arena(root)
         self.home[root] = out
         kernel = self.kernel(request, source)
         grain = source.tasks
@@ -161,9 +190,11 @@ class _Lowering:
         """The first generator that takes the request."""
         op = OPS[request.anchor.target]
         for generator in GENERATORS.get(op.name, ()):
-            source = generator(request)
-            if source is not None:
-                return source
+            made = generator(request)
+            if isinstance(made, Alternatives):
+                return self.take(made)
+            if made is not None:
+                return made
         if op.kind is Kind.REDUCTION:
             return lower_reduction(request)
         if op.kind is Kind.ANCHOR:
@@ -173,6 +204,13 @@ class _Lowering:
                 hint="weights must be constants and matrices have at least two dimensions.",
             )
         return lower_map(request)
+
+    def take(self, alternatives: Alternatives) -> KernelSource:
+        """The candidate of the choice, or the cost model's."""
+        chosen = alternatives.named(self.choice(alternatives))
+        if chosen is None:
+            return alternatives.candidates[0].make()
+        return replace(chosen.make(), origin=f"{chosen.name}{TUNED}")
 
     def kernel(self, request: Request, source: KernelSource) -> Kernel:
         """Emit the kernel, or find one that is the same."""
@@ -207,7 +245,14 @@ class _Lowering:
         return kernel
 
 
-def lower(gm: fx.GraphModule, target: Target, name: str, *, winograd: bool = True) -> Program:
+def lower(
+    gm: fx.GraphModule,
+    target: Target,
+    name: str,
+    *,
+    winograd: bool = True,
+    choice: Choice = by_cost,
+) -> Program:
     """Lower a verified graph to a Program for a target.
 
     Args:
@@ -215,6 +260,7 @@ def lower(gm: fx.GraphModule, target: Target, name: str, *, winograd: bool = Tru
         target: what to build for.
         name: the library's name.
         winograd: whether 3×3 convolutions may be computed by Winograd's algorithm.
+        choice: chooses where a kernel can be made in several ways.
 
     Raises:
         UnsupportedError: listing every operator without a kernel.
@@ -222,15 +268,18 @@ def lower(gm: fx.GraphModule, target: Target, name: str, *, winograd: bool = Tru
     check_supported(gm)
     gm = _with_own_outputs(gm)
     outputs = list(G.outputs(gm))
-    state = _Lowering(gm, target, name, winograd)
+    state = Lowering(gm, target, name, winograd, choice)
     for node, label in zip(G.placeholders(gm), gm.meta["input_names"], strict=True):
         state.home[node] = state.add_buffer(label, state.spec(node), "input")
     output_names: dict[fx.Node, str] = {}
     for node, label in zip(outputs, gm.meta["output_names"], strict=True):
         spec = BufferSpec(G.shape(node), TIR_NAMES[G.value(node).dtype])
         output_names[node] = state.add_buffer(label, spec, "output")
-    groups = partition(gm, state.layouts)
+    groups = partition(gm, state.layouts, state.in_place_cat.joined)
     for group in groups:
+        if group.root in state.in_place_cat.joined:
+            state.add_arena(group.root)
+            continue
         if group.alias:
             source = tensor_operands(group.root)[0]
             state.home[group.root] = state.locate(source)
@@ -266,7 +315,7 @@ def _with_own_outputs(gm: fx.GraphModule) -> fx.GraphModule:
     return copy
 
 
-def _finish(state: _Lowering, outputs: list[str]) -> Program:
+def _finish(state: Lowering, outputs: list[str]) -> Program:
     """Place constants and arena tensors and assemble the Program."""
     buffers = state.buffers
     lifetimes = lifetimes_of(state.steps, buffers)
@@ -276,6 +325,10 @@ def _finish(state: _Lowering, outputs: list[str]) -> Program:
     )
     for name in lifetimes:
         buffers[name] = replace(buffers[name], offset=offsets[owners[name]])
+    for name, buffer in buffers.items():
+        if buffer.within is not None:
+            offset = buffers[buffer.within].offset + buffer.offset
+            buffers[name] = replace(buffer, offset=offset)
     weights = 0
     for name, buffer in buffers.items():
         if buffer.role == "constant":
@@ -296,12 +349,13 @@ def _finish(state: _Lowering, outputs: list[str]) -> Program:
     )
 
 
-def _merge_in_place(state: _Lowering, lifetimes: dict[str, Lifetime]) -> dict[str, str]:
+def _merge_in_place(state: Lowering, lifetimes: dict[str, Lifetime]) -> dict[str, str]:
     """Let a step's output take over the memory of an operand that dies there.
 
     Changes `lifetimes` of the first owner to the union; gives each tensor's owner.
     """
     owners = {name: name for name in lifetimes}
+    holders = {buffer.within for buffer in state.buffers.values()}
 
     def dies(source: str, out: str) -> bool:
         owner = lifetimes[owners[source]]
@@ -309,7 +363,9 @@ def _merge_in_place(state: _Lowering, lifetimes: dict[str, Lifetime]) -> dict[st
 
     for out, candidates in state.in_place.items():
         for source in candidates:
-            if out not in lifetimes or source not in lifetimes or not dies(source, out):
+            if out not in lifetimes or source not in lifetimes or source in holders:
+                continue
+            if not dies(source, out):
                 continue
             owner = lifetimes[owners[source]]
             if lifetimes[out].nbytes <= owner.nbytes:

@@ -19,12 +19,11 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -37,22 +36,21 @@ from bench import onnx_models, peak
 from bench.common_layers import COMMON_LAYERS
 from bench.layers import Layer, build, layers_of, parse
 from graphopt.backends.codegen import compile_kernels
-from graphopt.backends.kernels import GENERATORS, conv_deep, conv_direct, winograd_plan
-from graphopt.backends.kernels.conv import lower_direct, lower_winograd
-from graphopt.backends.lower import lower
+from graphopt.backends.kernels import winograd_plan
+from graphopt.backends.kernels.base import Alternatives
+from graphopt.backends.lower import TUNED, lower
 from graphopt.backends.target import Target, host
 from graphopt.errors import GraphoptError
 from graphopt.importers import import_model
 from graphopt.passes.base import Context
 from graphopt.passes.manager import run_passes
 from graphopt.passes.pipeline import resolve
+from graphopt.program.ir import Program
 from graphopt.runtime.artifact import build_artifact
 from graphopt.runtime.load import LoadedModel, load
 from graphopt.runtime.profile import profile_steps
 
-DIRECT, DEEP = "direct", "deep"
 WINOGRAD = {f"F({m})": m for m in (2, 4)}
-_NAMES = {"conv_direct": DIRECT, "gemm": DIRECT, "conv_deep": DEEP, "gemm_deep": DEEP}
 CACHES = 64 << 20
 """Bytes to read for the weights to leave the caches."""
 
@@ -62,7 +60,6 @@ class Choice:
     """One way to compute a layer.
 
     Attributes:
-        name: `direct`, `deep`, `F(2)`, `F(4)`, or the generator of what is no plain convolution.
         generator: the generator and its configuration.
         chosen: whether graphopt takes this one.
         flops: operations the kernel does.
@@ -70,7 +67,6 @@ class Choice:
         measured: seconds.
     """
 
-    name: str
     generator: str
     chosen: bool
     flops: int
@@ -82,69 +78,16 @@ class Choice:
 class Candidate:
     """A choice that is built and waits to be measured; `step` is the layer's in the model."""
 
-    name: str
     generator: str
     flops: int
-    cycles: float | None
     model: LoadedModel
     step: int
 
 
-@contextmanager
-def forced(name: str) -> Iterator[None]:
-    """While it lasts, products and convolutions are lowered this way, whatever is estimated."""
-    with ExitStack() as stack:
-        if name == DIRECT:
-            stack.enter_context(patch.dict(GENERATORS, convolution=(lower_direct,)))
-            stack.enter_context(patch.object(conv_deep, "plan", lambda *_: None))
-        elif name == DEEP:
-            stack.enter_context(patch.dict(GENERATORS, convolution=(lower_direct,)))
-            stack.enter_context(patch.object(conv_direct, "cost", lambda *_: math.inf))
-        elif name in WINOGRAD:
-            m = WINOGRAD[name]
-            # What is beside the layer is no 3×3 convolution: Winograd refuses it.
-            generators = (lower_winograd, lower_direct)
-            stack.enter_context(patch.dict(GENERATORS, convolution=generators))
-            points = winograd_plan._POINTS
-            stack.enter_context(patch.dict(points, {m: points[m]}, clear=True))
-            stack.enter_context(patch.object(winograd_plan, "direct_cost", lambda *_: math.inf))
-        yield
-
-
-def choices_of(layer: Layer, target: Target) -> Sequence[str]:
-    """The names of the ways there are; one empty name where it is no plain convolution."""
-    spec = layer.conv_spec
-    if spec is None or spec.groups > 1:
-        return ("",)
-    is_deep = conv_deep.plan(spec, target.isa, target.l2_bytes) is not None
-    has_winograd = layer.op == "conv" and winograd_plan.supports(spec)
-    return (DIRECT, *([DEEP] if is_deep else []), *(WINOGRAD if has_winograd else []))
-
-
-def name_of(generator: str) -> str:
-    """The choice that a generator's description is."""
+def algorithm_of(generator: str) -> str:
+    """`F(2)` or `F(4)`, or the generator's name."""
     winograd = re.match(r"winograd F\((\d)", generator)
-    if winograd:
-        return f"F({winograd[1]})"
-    kind = generator.split()[0]
-    return _NAMES.get(kind, kind)
-
-
-def cycles_of(layer: Layer, name: str, target: Target) -> float | None:
-    """What the cost functions think that the layer takes."""
-    spec = layer.conv_spec
-    if spec is None or spec.groups > 1:
-        return None
-    isa, l2_bytes = target.isa, target.l2_bytes
-    if name in WINOGRAD:
-        return winograd_plan.cost(winograd_plan.plan(spec, isa, l2_bytes), isa, l2_bytes)
-    if name == DEEP:
-        deep = conv_deep.plan(spec, isa, l2_bytes)
-        return None if deep is None else conv_deep.cost(deep, isa)
-    if layer.op == "conv" and winograd_plan.supports(spec):
-        # This is what Winograd's estimate is held against.
-        return winograd_plan.direct_cost(spec, isa, l2_bytes)
-    return conv_direct.cost(conv_direct.plan(spec, isa, l2_bytes), isa)
+    return f"F({winograd[1]})" if winograd else generator.split()[0]
 
 
 def own_flops(layer: Layer, name: str, flops: int) -> int:
@@ -157,39 +100,59 @@ def own_flops(layer: Layer, name: str, flops: int) -> int:
     return 2 * tiles * (m + winograd_plan.KERNEL - 1) ** 2 * spec.icg * spec.ocg
 
 
-def prepare(layer: Layer, name: str, target: Target, folder: Path) -> Candidate:
+def prepare(layer: Layer, choice: str | None, target: Target, folder: Path) -> Candidate:
     """Build a layer one way."""
     graph, op = build(layer)
-    with torch.no_grad(), forced(name):
-        program = lower(graph, target, "layer")
-        cycles = cycles_of(layer, name, target)
-    steps = [number for number, step in enumerate(program.steps) if op in step.ops]
-    # A convolution stands between two others, unless it is a network's first.
-    step = steps[-2] if layer.op == "conv" else steps[0]
-    artifact = build_artifact(program, target, compile_kernels(program, target), folder)
-    generator = program.steps[step].kernel.origin
-    flops = own_flops(layer, name, program.steps[step].flops)
-    model = load(artifact.folder, 1)
-    return Candidate(name or name_of(generator), generator, flops, cycles, model, step)
-
-
-def chosen_name(layer: Layer, target: Target) -> str:
-    """The choice that graphopt makes."""
-    graph, op = build(layer)
     with torch.no_grad():
-        steps = [step for step in lower(graph, target, "layer").steps if op in step.ops]
-    return name_of((steps[-2] if layer.op == "conv" else steps[0]).kernel.origin)
+        program = lower(graph, target, "layer", choice=lambda _: choice)
+    number = step_of(layer, program, op)
+    artifact = build_artifact(program, target, compile_kernels(program, target), folder)
+    step = program.steps[number]
+    generator = step.kernel.origin.removesuffix(TUNED)
+    flops = own_flops(layer, algorithm_of(generator), step.flops)
+    return Candidate(generator, flops, load(artifact.folder, 1), number)
+
+
+def step_of(layer: Layer, program: Program, op: str) -> int:
+    """The layer's step: a convolution stands between two others, unless it is the first."""
+    steps = [number for number, step in enumerate(program.steps) if op in step.ops]
+    return steps[-2] if layer.op == "conv" else steps[0]
+
+
+def choices_of(layer: Layer, target: Target, tiles: bool) -> dict[str | None, float | None]:
+    """The ways there are, graphopt's own the first, each with its estimated cycles.
+
+    With `tiles` all, else one of each algorithm; None where there is no choice.
+    """
+    graph, op = build(layer)
+    asked: list[Alternatives] = []
+
+    def note(alternatives: Alternatives) -> None:
+        asked.append(alternatives)
+
+    with torch.no_grad():
+        program = lower(graph, target, "layer", choice=note)
+    origin = program.steps[step_of(layer, program, op)].kernel.origin
+    for alternatives in asked[-2:]:
+        if alternatives.candidates[0].name == origin:
+            found: dict[str, dict[str | None, float | None]] = {}
+            for each in alternatives.candidates:
+                found.setdefault(algorithm_of(each.name), {each.name: each.cycles})
+                if tiles:
+                    found[algorithm_of(each.name)][each.name] = each.cycles
+            return {name: cycles for some in found.values() for name, cycles in some.items()}
+    return {None: None}
 
 
 def measure(
-    layer: Layer, target: Target, frequency: float, rounds: int, caches: np.ndarray
+    layer: Layer, target: Target, frequency: float, rounds: int, caches: np.ndarray, tiles: bool
 ) -> list[Choice]:
     """Every choice's time; the runs of different choices take turns."""
-    made = chosen_name(layer, target)
+    choices = choices_of(layer, target, tiles)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         candidates = [
             prepare(layer, name, target, Path(folder) / str(number))
-            for number, name in enumerate(choices_of(layer, target))
+            for number, name in enumerate(choices)
         ]
         for each in candidates:
             stack.enter_context(each.model)
@@ -201,14 +164,13 @@ def measure(
                 best[number] = min(best[number], seconds)
     return [
         Choice(
-            each.name,
             each.generator,
-            each.name == made,
+            each is candidates[0],
             each.flops,
-            each.cycles / frequency if each.cycles else None,
+            cycles / frequency if cycles else None,
             seconds,
         )
-        for each, seconds in zip(candidates, best, strict=True)
+        for each, cycles, seconds in zip(candidates, choices.values(), best, strict=True)
     ]
 
 
@@ -221,9 +183,9 @@ def time_lost(results: Sequence[Sequence[Choice]]) -> float:
 
 def table(results: dict[str, list[Choice]], top: float) -> Table:
     table = Table(box=None, pad_edge=False)
-    for column in ("layer", "", "choice", "generator", "µs", "predicted", "GFLOP/s", "of peak",
+    for column in ("layer", "", "generator", "µs", "predicted", "GFLOP/s", "of peak",
                    "lost"):  # fmt: skip
-        words = column in ("layer", "", "choice", "generator")
+        words = column in ("layer", "", "generator")
         table.add_column(column, justify="left" if words else "right", no_wrap=True)
     for layer, choices in results.items():
         best = min(choice.measured for choice in choices)
@@ -233,7 +195,6 @@ def table(results: dict[str, list[Choice]], top: float) -> Table:
             table.add_row(
                 "" if number else layer,
                 "→" if choice.chosen else "",
-                choice.name,
                 choice.generator,
                 f"{choice.measured * 1e6:.1f}",
                 f"{choice.predicted * 1e6:.1f}" if choice.predicted else "",
@@ -262,6 +223,7 @@ def main() -> None:
     parser.add_argument("--model", action="append", help="take this model's layers; repeatable")
     parser.add_argument("--only", metavar="REGEX", default="", help="layers whose text matches")
     parser.add_argument("--rounds", type=int, default=20, help="runs of each choice")
+    parser.add_argument("--tiles", action="store_true", help="also other register tiles")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures to a file too")
     options = parser.parse_args()
     given = [parse(text) for text in options.layers]
@@ -284,7 +246,9 @@ def main() -> None:
     results: dict[str, list[Choice]] = {}
     for number, layer in enumerate(layers, start=1):
         progress.print(f"{number}/{len(layers)} {layer}", highlight=False)
-        results[str(layer)] = measure(layer, target, frequency, options.rounds, caches)
+        results[str(layer)] = measure(
+            layer, target, frequency, options.rounds, caches, options.tiles
+        )
     Console(width=None if sys.stdout.isatty() else 160).print(table(results, top))
     with_choice = [choices for choices in results.values() if len(choices) > 1]
     figures: dict[str, Any] = {

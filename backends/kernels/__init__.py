@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from graphopt.backends.kernels.base import Generator
-from graphopt.backends.kernels.conv import lower_depthwise, lower_direct, lower_winograd
+from graphopt.backends.kernels.conv import lower_depthwise, lower_products
 from graphopt.backends.kernels.conv_fold import lower_fold
 from graphopt.backends.kernels.linear import lower_linear
 from graphopt.backends.kernels.matmul import lower_attention, lower_matmul
 from graphopt.backends.kernels.rows import lower_layer_norm, lower_softmax
 
 GENERATORS: dict[str, tuple[Generator, ...]] = {
-    "convolution": (lower_depthwise, lower_winograd, lower_direct, lower_fold),
+    "convolution": (lower_depthwise, lower_products, lower_fold),
     "linear": (lower_linear,),
     "matmul": (lower_linear, lower_matmul),
     "softmax": (lower_softmax,),

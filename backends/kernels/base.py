@@ -103,7 +103,39 @@ class KernelSource:
     in_place: Sequence[fx.Node] = ()
 
 
-Generator = Callable[[Request], KernelSource | None]
+@dataclass(frozen=True)
+class Candidate:
+    """One way to compute a request.
+
+    Attributes:
+        name: algorithm and register tile: the origin of the kernel it makes.
+        cycles: estimated cycles of one core.
+        make: packs the weights and gives the kernel.
+    """
+
+    name: str
+    cycles: float
+    make: Callable[[], KernelSource]
+
+
+@dataclass(frozen=True)
+class Alternatives:
+    """The ways to compute a request, which differ in speed and in rounding.
+
+    Attributes:
+        key: all of the request that decides how fast each of them is on a given CPU.
+        candidates: the one that the cost model takes is the first.
+    """
+
+    key: str
+    candidates: tuple[Candidate, ...]
+
+    def named(self, name: str | None) -> Candidate | None:
+        """The candidate of this name, or None."""
+        return next((each for each in self.candidates if each.name == name), None)
+
+
+Generator = Callable[[Request], KernelSource | Alternatives | None]
 """Answers a request, or None where the generator does not support it."""
 
 

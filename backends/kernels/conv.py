@@ -1,16 +1,20 @@
-"""Lowers `convolution` to its generators: direct, depthwise, and the fold that always applies."""
+"""Lowers `convolution` to its generators: depthwise, and the products to choose from."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import Any
 
+import numpy.typing as npt
 from torch import fx
 
 from graphopt.backends.kernels import depthwise, winograd, winograd_plan
 from graphopt.backends.kernels.base import (
+    Alternatives,
+    Candidate,
     KernelSource,
     Request,
     collapse,
@@ -19,7 +23,7 @@ from graphopt.backends.kernels.base import (
 )
 from graphopt.backends.kernels.builder import View
 from graphopt.backends.kernels.conv_direct import Accessors, ConvSpec
-from graphopt.backends.kernels.conv_product import conv_product
+from graphopt.backends.kernels.conv_product import Product, key_of, products
 from graphopt.backends.kernels.fusion import Group
 from graphopt.ops.opdef import Call, Expr, Index
 from graphopt.program.layout import PLAIN, block_of
@@ -80,78 +84,101 @@ def _one_row(spec: ConvSpec) -> ConvSpec:
     return replace(spec, in_size=pixels, out_size=pixels)
 
 
-def lower_direct(request: Request) -> KernelSource | None:
-    """Direct convolution; see `conv_direct`."""
+@dataclass(frozen=True)
+class _View:
+    """How direct convolution walks an image.
+
+    Attributes:
+        spec: the convolution as it is walked.
+        one_row: all pixels are one row, as a pointwise convolution allows.
+        column: rows and columns are exchanged, as an image of one column is better off.
+    """
+
+    spec: ConvSpec
+    one_row: bool
+    column: bool
+
+
+def _view_of(request: Request, spec: ConvSpec) -> _View:
+    is_image = len(request.call.shape) == 4
+    pointwise = spec.kernel == (1, 1) == spec.stride and spec.padding == (0, 0)
+    if is_image and pointwise and collapsible(request, (2, 3)):
+        return _View(_one_row(spec), one_row=True, column=False)
+    if is_image and spec.in_size[1] == 1 and spec.kernel[1] == 1:
+        return _View(_swapped(spec), one_row=False, column=True)
+    return _View(spec, one_row=False, column=False)
+
+
+def lower_products(request: Request) -> Alternatives | None:
+    """Direct convolution, its deep twin, and Winograd's: the cost model's choice first."""
     call = request.call
     spec = spec_of(call)
     weight = request.constant(call["weight"])
     if spec is None or weight is None:
         return None
-    rank = len(call.shape)
-    spatial = tuple(range(2, rank))
-    pointwise = (
-        spec.kernel == (1, 1) and spec.stride == (1, 1) and spec.padding == (0, 0) and rank == 4
-    )
-    one_row = pointwise and collapsible(request, spatial)
-    column = rank == 4 and spec.in_size[1] == 1 and spec.kernel[1] == 1 and not one_row
-    if one_row:
-        spec = _one_row(spec)
-    elif column:
-        spec = _swapped(spec)
-    source = call["input"]
-    blocked = request.spec(source).layout != PLAIN
-    product = conv_product(spec, weight, request.target, may_gather=blocked)
-    far = prod(call.shape_of("input")) * 4 > request.target.l2_bytes // 2
-    out_spec = request.spec(request.root)
-    block = block_of(out_spec.layout)
-    in_blocks = block is not None and (spec.groups == 1 or spec.ocg % block == 0)
+    view = _view_of(request, spec)
+    layouts = [request.spec(node).layout for node in (call["input"], request.root)]
+    target = request.target
+    candidates = [
+        Candidate(each.origin, each.cycles, partial(_product, request, view, each, weight))
+        for each in products(view.spec, target, may_gather=layouts[0] != PLAIN)
+    ]
+    if request.winograd and winograd_plan.supports(spec) and PLAIN not in layouts:
+        sizes = target.isa, target.l2_bytes
+        fewer = [
+            Candidate(plan.describe(), winograd_plan.cost(plan, *sizes),
+                      partial(_winograd, request, plan, weight))
+            for plan in winograd_plan.plans(spec, *sizes)
+        ]  # fmt: skip
+        is_faster = fewer[0].cycles < winograd_plan.direct_cost(spec, *sizes)
+        candidates = [*fewer, *candidates] if is_faster else [*candidates, *fewer]
+    key = key_of("convolution", view.spec, request, *layouts)
+    return Alternatives(key, tuple(candidates))
 
-    index = _place(rank, column)
+
+def _product(
+    request: Request, view: _View, product: Product, weight: npt.NDArray[Any]
+) -> KernelSource:
+    """Direct convolution or its deep twin; see `conv_direct` and `conv_deep`."""
+    call, spec = request.call, view.spec
+    source = call["input"]
+    far = prod(call.shape_of("input")) * 4 > request.target.l2_bytes // 2
+    block = block_of(request.spec(request.root).layout)
+    in_blocks = block is not None and (spec.groups == 1 or spec.ocg % block == 0)
+    ahead = view.one_row and request.spec(source).layout != PLAIN and far
+    index = _place(len(call.shape), view.column)
 
     def emit(
         task: Expr, views: dict[fx.Node, View], constants: list[Any], out: View, group: Group,
         scratch: Any,
     ) -> None:  # fmt: skip
         x = views[source]
-        if one_row:
-            x = collapse(x, call.shape, spatial)
-            out = collapse(out, call.shape, spatial)
-            group = group.with_views(lambda view: collapse(view, call.shape, spatial))
-        store = epilogue_store(request, group, out, index)
+        if view.one_row:
+            x = collapse(x, call.shape, (2, 3))
+            out = collapse(out, call.shape, (2, 3))
+            group = group.with_views(lambda each: collapse(each, call.shape, (2, 3)))
         access = Accessors(
             x=lambda n, c, h, w: x.load(index(n, c, h, w)),
-            store=store,
+            store=epilogue_store(request, group, out, index),
             vector=in_blocks,
             padded=in_blocks and spec.groups == 1,
             heavy=request.heavy_epilogue,
-            ahead=one_row and blocked and far,
+            ahead=ahead,
         )
         product.emit(task, constants[0], scratch, access)
 
     reads = request.reads_without(call["weight"])
-    return KernelSource(product.origin, product.tasks, spec.flops, emit, reads, (product.weights,),
-                        scratch=product.scratch,
+    return KernelSource(product.origin, product.tasks, spec.flops, emit, reads,
+                        (product.pack(weight),), scratch=product.scratch,
                         in_place=same_place(request, taken=[source]))  # fmt: skip
 
 
-def lower_winograd(request: Request) -> KernelSource | None:
-    """3×3 with fewer products, where that is estimated to pay; see `winograd`."""
+def _winograd(
+    request: Request, plan: winograd_plan.WinogradPlan, weight: npt.NDArray[Any]
+) -> KernelSource:
+    """3×3 with fewer products; see `winograd`."""
     call = request.call
-    spec = spec_of(call)
-    weight = request.constant(call["weight"])
-    if spec is None or weight is None or not request.winograd:
-        return None
-    if not winograd_plan.supports(spec):
-        return None
     source = call["input"]
-    layout = request.spec(source).layout
-    if layout == PLAIN or request.spec(request.root).layout != layout:
-        return None
-    isa, l2_bytes = request.target.isa, request.target.l2_bytes
-    best = winograd_plan.plan(spec, isa, l2_bytes)
-    if winograd_plan.cost(best, isa, l2_bytes) >= winograd_plan.direct_cost(spec, isa, l2_bytes):
-        return None
-    packed = winograd.pack_weights(weight, best)
 
     def emit(
         task: Expr, views: dict[fx.Node, View], constants: list[Any], out: View, group: Group,
@@ -165,11 +192,12 @@ def lower_winograd(request: Request) -> KernelSource | None:
             padded=True,
             heavy=True,
         )
-        winograd.emit(best, task, constants[0], scratch, access)
+        winograd.emit(plan, task, constants[0], scratch, access)
 
     reads = request.reads_without(call["weight"])
-    return KernelSource(best.describe(), best.tasks, spec.flops, emit, reads, (packed,),
-                        scratch=best.scratch,
+    packed = winograd.pack_weights(weight, plan)
+    return KernelSource(plan.describe(), plan.tasks, plan.spec.flops, emit, reads, (packed,),
+                        scratch=plan.scratch,
                         in_place=same_place(request, taken=[source]))  # fmt: skip
 
 

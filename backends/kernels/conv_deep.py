@@ -8,9 +8,9 @@ next part, and asks for the next panel ahead. So every weight comes from memory 
 (Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008, with the roles of
 the operands that few pixels and many weights ask for).
 
-What is no matrix product as it is, because the kernel has several taps, strides or pads, becomes one
-part by part: the task first gathers what each of its pixels reads into scratch (im2col; Chellapilla
-et al., "High Performance Convolutional Neural Networks for Document Processing", 2006).
+What is no matrix product as it is, because the kernel has several taps, strides or pads, becomes
+one part by part: the task first gathers what each of its pixels reads into scratch (im2col;
+Chellapilla et al., "High Performance Convolutional Neural Networks for Document Processing", 2006).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tvm.tirx.script.builder import ir as T
 from graphopt.backends.isa.base import Isa
 from graphopt.backends.kernels.builder import f32, loop, prefetch, unflatten
 from graphopt.backends.kernels.conv_direct import Accessors, ConvSpec, finish
-from graphopt.backends.kernels.tiling import LINE, Split, choose_tile, split, step_time
+from graphopt.backends.kernels.tiling import LINE, Split, Tile, best_tiles, split, step_time
 from graphopt.ops.opdef import Expr
 
 _PANEL_BYTES = 12288
@@ -122,19 +122,32 @@ def _gathers(spec: ConvSpec) -> bool:
     return not (one_row and spec.kernel == (1, 1) and spec.padding == (0, 0))
 
 
-def plan(spec: ConvSpec, isa: Isa, l2_bytes: int) -> DeepPlan | None:
-    """The plan; None where the weights are few or the shape is not this kernel's."""
+def plans(spec: ConvSpec, isa: Isa, l2_bytes: int) -> tuple[DeepPlan, ...]:
+    """The plans with the best register tiles, the best first.
+
+    There are none where the weights are few or the shape is not this kernel's.
+    """
     block = isa.block
     out_blocks = -(-spec.ocg // block)
     taps = spec.kernel[0] * spec.kernel[1]
     total = spec.out_size[0] * spec.out_size[1]
     if spec.groups > 1 or spec.icg % block or total < _FEWEST_PIXELS:
-        return None
+        return ()
     if spec.icg * taps * out_blocks * block * 4 <= l2_bytes * 3 // 2:
-        return None
+        return ()
     blocks = split(total, min(total, _MOST_PIXELS))
-    tile = choose_tile(out_blocks, blocks.size, isa, block)
-    channels = split(out_blocks, tile.vectors)
+    tiles = best_tiles(out_blocks, blocks.size, isa, block)
+    return tuple(_with_tile(spec, blocks, tile, block) for tile in tiles)
+
+
+def plan(spec: ConvSpec, isa: Isa, l2_bytes: int) -> DeepPlan | None:
+    """The best plan, or None."""
+    return next(iter(plans(spec, isa, l2_bytes)), None)
+
+
+def _with_tile(spec: ConvSpec, blocks: Split, tile: Tile, block: int) -> DeepPlan:
+    taps = spec.kernel[0] * spec.kernel[1]
+    channels = split(-(-spec.ocg // block), tile.vectors)
     width = channels.size * block
     in_blocks = spec.icg // block
     most = max(1, _PANEL_BYTES // (width * block * taps * 4))

@@ -25,7 +25,15 @@ from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.isa.base import Isa
 from graphopt.backends.kernels.builder import f32, loop, prefetch, unflatten
-from graphopt.backends.kernels.tiling import LINE, Split, Tile, choose_tile, split, step_time
+from graphopt.backends.kernels.tiling import (
+    LINE,
+    Split,
+    Tile,
+    best_tiles,
+    choose_tile,
+    split,
+    step_time,
+)
 from graphopt.ops.math import share
 from graphopt.ops.opdef import Expr
 
@@ -165,11 +173,17 @@ def row_segments(spec: ConvSpec, pixels: int) -> tuple[Segment, ...]:
     return tuple(segments)
 
 
-def plan(spec: ConvSpec, isa: Isa, l2_bytes: int) -> ConvPlan:
-    """Choose tiles, order and task size."""
+def plans(spec: ConvSpec, isa: Isa, l2_bytes: int) -> tuple[ConvPlan, ...]:
+    """The plans with the best register tiles, the best first."""
+    tiles = best_tiles(-(-spec.ocg // isa.block), spec.out_size[1], isa, isa.block)
+    return tuple(plan(spec, isa, l2_bytes, tile) for tile in tiles)
+
+
+def plan(spec: ConvSpec, isa: Isa, l2_bytes: int, tile: Tile | None = None) -> ConvPlan:
+    """Choose the tile, if none is given, the order and the size of tasks."""
     block = isa.block
     blocks = -(-spec.ocg // block)
-    tile: Tile = choose_tile(blocks, spec.out_size[1], isa, block)
+    tile = tile or choose_tile(blocks, spec.out_size[1], isa, block)
     channels = split(blocks, tile.vectors)
     segments = row_segments(spec, tile.pixels)
     tiles = segments[-1].last

@@ -1,16 +1,18 @@
-"""The choice between the two ways to multiply by packed weights: `conv_deep`, `conv_direct`."""
+"""The ways to multiply by packed weights: `conv_deep`, `conv_direct`, each with its best tiles."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from graphopt.backends.kernels import conv_deep, conv_direct
-from graphopt.backends.kernels.conv_direct import Accessors, ConvSpec
+from graphopt.backends.kernels.base import Request
+from graphopt.backends.kernels.conv_deep import DeepPlan
+from graphopt.backends.kernels.conv_direct import Accessors, ConvPlan, ConvSpec
 from graphopt.backends.target import Target
 from graphopt.ops.opdef import Expr
 
@@ -21,45 +23,66 @@ class Product:
 
     Attributes:
         origin: generator and configuration, for the report.
+        cycles: estimated cycles of one core.
         tasks: number of independent tasks.
         scratch: bytes of scratch per thread.
-        weights: the packed weights.
+        pack: packs `(groups·ocg, icg, KH, KW)` weights.
         emit: `emit(task, weights, scratch, access)` emits one task.
     """
 
     origin: str
+    cycles: float
     tasks: int
     scratch: int
-    weights: npt.NDArray[np.float32]
+    pack: Callable[[npt.NDArray[Any]], npt.NDArray[np.float32]]
     emit: Callable[[Expr, Any, Any, Accessors], None]
 
 
-def conv_product(
-    spec: ConvSpec, weight: npt.NDArray[Any], target: Target, *, may_gather: bool = True
-) -> Product:
-    """Plan the convolution with `(groups·ocg, icg, KH, KW)` weights.
+def products(spec: ConvSpec, target: Target, *, may_gather: bool = True) -> list[Product]:
+    """Plan the convolution each way; the one that the cost model takes comes first.
 
     Args:
         spec: the convolution.
-        weight: its weights.
         target: what to build for.
         may_gather: whether neighbouring channels of the input are neighbours in memory, so that it
             can be gathered in vectors.
     """
     isa = target.isa
-    conv = conv_direct.plan(spec, isa, target.l2_bytes)
-    deep = conv_deep.plan(spec, isa, target.l2_bytes)
-    if deep is not None and deep.gathers:
-        slower = conv_deep.cost(deep, isa) > conv_direct.cost(conv, isa)
-        deep = None if slower or not may_gather else deep
-    if deep is not None:
-        return Product(
-            deep.describe(), deep.tasks, deep.scratch, conv_deep.pack_weights(weight, deep),
-            lambda task, weights, scratch, access: conv_deep.emit(
-                deep, task, weights, scratch, access
-            ),
-        )  # fmt: skip
+    direct = [_direct(plan, target) for plan in conv_direct.plans(spec, isa, target.l2_bytes)]
+    plans = conv_deep.plans(spec, isa, target.l2_bytes)
+    if not plans or (plans[0].gathers and not may_gather):
+        return direct
+    deep = [_deep(plan, target) for plan in plans]
+    # What need not gather is better off for its weights alone.
+    if plans[0].gathers and deep[0].cycles > direct[0].cycles:
+        return [*direct, *deep]
+    return [*deep, *direct]
+
+
+def _direct(plan: ConvPlan, target: Target) -> Product:
     return Product(
-        conv.describe(), conv.tasks, 0, conv_direct.pack_weights(weight, conv),
-        lambda task, weights, scratch, access: conv_direct.emit(conv, task, weights, access),
+        plan.describe(), conv_direct.cost(plan, target.isa), plan.tasks, 0,
+        lambda weight: conv_direct.pack_weights(weight, plan),
+        lambda task, weights, scratch, access: conv_direct.emit(plan, task, weights, access),
     )  # fmt: skip
+
+
+def _deep(plan: DeepPlan, target: Target) -> Product:
+    return Product(
+        plan.describe(), conv_deep.cost(plan, target.isa), plan.tasks, plan.scratch,
+        lambda weight: conv_deep.pack_weights(weight, plan),
+        lambda task, weights, scratch, access: conv_deep.emit(
+            plan, task, weights, scratch, access
+        ),
+    )  # fmt: skip
+
+
+def key_of(kind: str, spec: ConvSpec, request: Request, *details: str) -> str:
+    """What decides the speed of each way to compute a convolution; see `Alternatives.key`."""
+
+    def text(value: int | tuple[int, ...]) -> str:
+        return str(value) if isinstance(value, int) else "x".join(map(str, value))
+
+    numbers = (f"{each.name}={text(getattr(spec, each.name))}" for each in fields(spec))
+    weight = "heavy" if request.heavy_epilogue else "light"
+    return " ".join((kind, *numbers, *details, weight))

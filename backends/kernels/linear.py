@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from math import prod
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from torch import fx
 
 from graphopt.backends.kernels.base import (
+    Alternatives,
+    Candidate,
     KernelSource,
     Request,
     collapse,
@@ -17,33 +21,69 @@ from graphopt.backends.kernels.base import (
 )
 from graphopt.backends.kernels.builder import View, unflatten
 from graphopt.backends.kernels.conv_direct import Accessors, ConvSpec
-from graphopt.backends.kernels.conv_product import conv_product
+from graphopt.backends.kernels.conv_product import Product, key_of, products
 from graphopt.backends.kernels.fusion import Group
 from graphopt.ops import OPS
 from graphopt.ops.opdef import Expr, Index
 from graphopt.program.layout import PLAIN
 
 
-def lower_linear(request: Request) -> KernelSource | None:
+def lower_linear(request: Request) -> Alternatives | None:
     """`x @ weight.T + bias` (linear), `x @ constant` (matmul)."""
     call = request.call
     is_linear = "weight" in call.arguments
-    source: fx.Node = call["input" if is_linear else "self"]
-    weight_node = call.operands(OPS[request.anchor.target].operands)[1]
-    weight = request.constant(weight_node)
-    bias = call.arguments.get("bias")
-    shape = call.shape
+    weight = request.constant(_weight_node(request))
     if weight is None or weight.ndim != 2:
         return None
-    # Blocks are rare here: a convolution over sequences whose result goes through a linear layer.
-    plain = all(request.spec(node).layout == PLAIN for node in (source, request.root))
     matrix = weight if is_linear else np.ascontiguousarray(weight.T)
     n_out, n_in = matrix.shape
-    lead = tuple(range(len(shape) - 1))
-    merge = plain and len(lead) > 0 and collapsible(request, lead)
-    m = prod(shape[:-1])
+    m = prod(call.shape[:-1])
+    merged = "merged" if _merges(request) else "apart"
     spec = ConvSpec(1, 1, n_in, n_out, (1, m), (1, m), (1, 1))
-    product = conv_product(spec, matrix.reshape(n_out, n_in, 1, 1), request.target)
+    candidates = [
+        Candidate(_origin(each), each.cycles,
+                  partial(_product, request, spec, each, matrix.reshape(n_out, n_in, 1, 1)))
+        for each in products(spec, request.target)
+    ]  # fmt: skip
+    layouts = [request.spec(node).layout for node in (_source(request), request.root)]
+    return Alternatives(key_of("linear", spec, request, *layouts, merged), tuple(candidates))
+
+
+def _weight_node(request: Request) -> Any:
+    return request.call.operands(OPS[request.anchor.target].operands)[1]
+
+
+def _source(request: Request) -> fx.Node:
+    call = request.call
+    source: fx.Node = call["input" if "weight" in call.arguments else "self"]
+    return source
+
+
+def _is_plain(request: Request) -> bool:
+    # Blocks are rare here: a convolution over sequences whose result goes through a linear layer.
+    return all(request.spec(node).layout == PLAIN for node in (_source(request), request.root))
+
+
+def _merges(request: Request) -> bool:
+    """Whether all axes but the last are walked as one."""
+    rank = len(request.call.shape)
+    return rank > 1 and _is_plain(request) and collapsible(request, tuple(range(rank - 1)))
+
+
+def _origin(product: Product) -> str:
+    return product.origin.replace("conv_direct", "gemm").replace("conv_deep", "gemm_deep")
+
+
+def _product(
+    request: Request, spec: ConvSpec, product: Product, weight: npt.NDArray[Any]
+) -> KernelSource:
+    """The kernel; `weight` is `(columns, depth, 1, 1)`."""
+    shape = request.call.shape
+    source = _source(request)
+    bias = request.call.arguments.get("bias")
+    plain, merge = _is_plain(request), _merges(request)
+    lead = tuple(range(len(shape) - 1))
+    m, n_in = spec.out_size[1], spec.icg
 
     def emit(
         task: Expr, views: dict[fx.Node, View], constants: list[Any], out: View, group: Group,
@@ -81,8 +121,7 @@ def lower_linear(request: Request) -> KernelSource | None:
         )
         product.emit(task, constants[0], scratch, access)
 
-    reads = request.reads_without(weight_node)
-    origin = product.origin.replace("conv_direct", "gemm").replace("conv_deep", "gemm_deep")
-    return KernelSource(origin, product.tasks, spec.flops, emit, reads, (product.weights,),
-                        scratch=product.scratch,
+    reads = request.reads_without(_weight_node(request))
+    return KernelSource(_origin(product), product.tasks, spec.flops, emit, reads,
+                        (product.pack(weight),), scratch=product.scratch,
                         in_place=same_place(request, taken=[source]))  # fmt: skip

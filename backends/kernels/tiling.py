@@ -15,6 +15,8 @@ _MULTIPLY_ADDS = 2
 _LOADS = 1.5
 """Loads per cycle that kernels reach in practice: 8×12 tiles, one load for each multiply-add, ran
 at 0.7 of the peak where 16×4 and 16×6 ran at 0.98."""
+_FEW_TILES = 3
+"""Tiles worth measuring beside each other."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +48,20 @@ def split(total: int, size: int) -> Split:
     return Split(total, size, count, total - count * (size - 1))
 
 
-@lru_cache(maxsize=4096)
 def choose_tile(blocks: int, pixels: int, isa: Isa, block: int) -> Tile:
-    """The tile with the least estimated time for `blocks` channel blocks by `pixels` pixels.
+    """The tile with the least estimated time for `blocks` channel blocks by `pixels` pixels."""
+    return best_tiles(blocks, pixels, isa, block)[0]
+
+
+@lru_cache(maxsize=4096)
+def best_tiles(blocks: int, pixels: int, isa: Isa, block: int) -> tuple[Tile, ...]:
+    """A few tiles of least estimated time, the best first; of those that cut alike, one.
 
     A tile's time per multiply-add step is bounded by its multiply-adds, its loads (weights and one
     broadcast per pixel) and the latency of the dependent adds; tiles must fit the registers.
     """
     width = max(1, block * 4 // isa.vector_bytes)
-    best: tuple[float, int, int, int] | None = None
+    found: dict[tuple[int, int], tuple[float, int, int, int]] = {}
     for vectors in range(1, min(blocks, 8) + 1):
         for tile_pixels in range(1, min(pixels, 16) + 1):
             if not fits(width * vectors, tile_pixels, isa):
@@ -70,10 +77,10 @@ def choose_tile(blocks: int, pixels: int, isa: Isa, block: int) -> Tile:
             # Of equal tiles, the one that needs fewer registers for its inputs.
             order = tile_pixels if isa.lane_operand else -tile_pixels
             candidate = (round(time, 6), order, vectors, tile_pixels)
-            if best is None or candidate < best:
-                best = candidate
-    assert best is not None
-    return Tile(best[2], best[3])
+            cut = (rows.size, columns.size)
+            found[cut] = min(candidate, found.get(cut, candidate))
+    best = sorted(found.values())[:_FEW_TILES]
+    return tuple(Tile(vectors, tile_pixels) for _, _, vectors, tile_pixels in best)
 
 
 def fits(vector_registers: int, pixels: int, isa: Isa) -> bool:

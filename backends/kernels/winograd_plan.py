@@ -170,14 +170,23 @@ def supports(spec: ConvSpec) -> bool:
     )
 
 
-def plan(spec: ConvSpec, isa: Isa, l2_bytes: int) -> WinogradPlan:
-    """The plan with the least estimated time that leaves threads an even share."""
+def plans(spec: ConvSpec, isa: Isa, l2_bytes: int) -> list[WinogradPlan]:
+    """For each tile size the plan with the least estimated time that leaves threads an even share;
+    the best first."""
 
     def weigh(conv: WinogradPlan) -> float:
         shares = [-(-conv.tasks // n) * n / conv.tasks for n in (1, 2, 4)]
         return cost(conv, isa, l2_bytes) * sum(shares) / len(shares)
 
-    return min(_candidates(spec, isa, l2_bytes), key=weigh)
+    best: dict[int, WinogradPlan] = {}
+    for conv in sorted(_candidates(spec, isa, l2_bytes), key=weigh):
+        best.setdefault(conv.m, conv)
+    return list(best.values())
+
+
+def plan(spec: ConvSpec, isa: Isa, l2_bytes: int) -> WinogradPlan:
+    """The best plan."""
+    return plans(spec, isa, l2_bytes)[0]
 
 
 def _candidates(spec: ConvSpec, isa: Isa, l2_bytes: int) -> Iterator[WinogradPlan]:
