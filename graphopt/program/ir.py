@@ -26,6 +26,7 @@ class Buffer:
             context's arena.
         nbytes: physical size in bytes, padding included.
         offset: bytes from the start of the arena or of the weights; 0 for inputs and outputs.
+        within: the arena buffer it is a piece of.
         data: physical contents of a constant.
     """
 
@@ -36,6 +37,7 @@ class Buffer:
     role: Role
     nbytes: int
     offset: int = 0
+    within: str | None = None
     data: npt.NDArray[Any] | None = field(default=None, compare=False, repr=False)
 
 

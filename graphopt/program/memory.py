@@ -19,10 +19,14 @@ class Lifetime:
 
 
 def lifetimes_of(steps: Sequence[Step], buffers: Mapping[str, Buffer]) -> dict[str, Lifetime]:
-    """From which step to which each arena tensor is needed, by name, in order of first use."""
+    """From which step to which each arena tensor is needed, by name, in order of first use.
+
+    Pieces of a tensor count as the tensor.
+    """
     found: dict[str, Lifetime] = {}
     for i, step in enumerate(steps):
-        for name in step.args:
+        for arg in step.args:
+            name = buffers[arg].within or arg
             if buffers[name].role == "arena":
                 first = found[name].first if name in found else i
                 found[name] = Lifetime(name, buffers[name].nbytes, first, i)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from math import prod
 
@@ -39,7 +39,8 @@ class NodeGroup:
         root: the node whose value is stored.
         nodes: all nodes, in graph order.
         anchor: the node with a generator of its own or the reduction; None for a map.
-        alias: the root is a view that shares its operand's memory.
+        alias: the root is a view that shares its operand's memory, or a concatenation whose parts
+            are where they belong.
     """
 
     root: fx.Node
@@ -54,12 +55,15 @@ def tensor_operands(node: fx.Node) -> list[fx.Node]:
     return [operand for operand in operands if isinstance(operand, fx.Node)]
 
 
-def partition(gm: fx.GraphModule, layouts: Mapping[fx.Node, str]) -> list[NodeGroup]:
+def partition(
+    gm: fx.GraphModule, layouts: Mapping[fx.Node, str], joined: Collection[fx.Node] = ()
+) -> list[NodeGroup]:
     """Cut the graph into groups, in an order in which they can run.
 
     A node joins the group of an operand where nothing else reads that operand. Elementwise nodes
     join anchors, reductions and maps; injective nodes join maps; maps join the elementwise,
-    injective or axis-folding node that alone reads them, if nothing is computed twice.
+    injective or axis-folding node that alone reads them, if nothing is computed twice. The
+    concatenations in `joined` need no kernel.
     """
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     returned = set(G.outputs(gm))
@@ -80,10 +84,11 @@ def partition(gm: fx.GraphModule, layouts: Mapping[fx.Node, str]) -> list[NodeGr
         if node.op != "call_function":
             continue
         kind = effective_kind(node, layouts)
-        group = NodeGroup(node, [node], node if kind in _HEADS else None, kind is Kind.VIEW)
+        alias = kind is Kind.VIEW or node in joined
+        group = NodeGroup(node, [node], node if kind in _HEADS else None, alias)
         group_of[node] = group
         groups[id(group)] = group
-        if kind is Kind.VIEW or (kind is Kind.ANCHOR and OPS[node.target].name not in _READERS):
+        if alias or (kind is Kind.ANCHOR and OPS[node.target].name not in _READERS):
             continue
         operands = list(dict.fromkeys(tensor_operands(node)))
         for operand in sorted(operands, key=lambda n: _rank(group_of.get(n)), reverse=True):

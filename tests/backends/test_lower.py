@@ -237,3 +237,34 @@ def test_what_the_caller_gets_is_not_read_by_blocked_kernels() -> None:
     program = check(b)
     owned = {name for name, buffer in program.buffers.items() if buffer.role == "output"}
     assert not owned & {name for step in program.steps for name in step.reads}
+
+
+def concatenating() -> Builder:
+    """Concatenations in place, nested, one the beginning of another, and some that cannot be."""
+    b = Builder(5)
+    x = b.conv(b.input(b.random(1, 3, 8, 8)), 16, (3, 3), padding=1)
+    y = b.conv(x, 8, (3, 3), padding=1)
+    z = b.op(aten.relu.default, b.conv(b.op(aten.cat.default, [x, y], 1), 16, (1, 1)))
+    w = b.conv(b.op(aten.cat.default, [x, y, z], 1), 8, (1, 1))
+    inner = b.op(aten.cat.default, [w, b.conv(w, 24, (1, 1))], 1)
+    outer = b.op(aten.cat.default, [inner, b.op(aten.sigmoid.default, z)], 1)
+    shuffled = b.op(aten.cat.default, [z, y], 1)
+    ragged = b.op(aten.cat.default, [b.conv(w, 12, (1, 1)), b.conv(w, 5, (1, 1))], 1)
+    scaled = b.op(aten.relu.default, b.op(aten.mul.Tensor, outer, outer))
+    b.returns(b.conv(scaled, 4, (1, 1)), b.conv(shuffled, 4, (1, 1)), b.conv(ragged, 4, (1, 1)))
+    return b
+
+
+@pytest.mark.parametrize("target", ["host", "arm"])
+def test_concatenates_in_place(target: str) -> None:
+    program = check(concatenating(), tolerance=1e-5, threads=2, target=target)
+    copies = [step.ops for step in program.steps if "cat" in step.ops]
+    # Those whose parts are needed in two orders, or do not end with a block.
+    assert len(copies) == 2
+    assert overlaps(program) == []
+    pieces = [b for b in program.buffers.values() if b.within]
+    for piece in pieces:
+        holder = program.buffers[piece.within or ""]
+        assert holder.offset <= piece.offset
+        assert piece.offset + piece.nbytes <= holder.offset + holder.nbytes
+    assert len(pieces) == 8
