@@ -21,13 +21,12 @@ from tvm.tirx.script.builder import ir as T
 
 from graphopt import graph as G
 from graphopt.backends.isa.base import Isa
+from graphopt.backends.kernels import attention
 from graphopt.backends.kernels.base import KernelSource, Request
-from graphopt.backends.kernels.builder import View, each, f32, loop, unflatten
+from graphopt.backends.kernels.builder import View, f32, loop, unflatten
 from graphopt.backends.kernels.fusion import Group
-from graphopt.backends.kernels.rows import fold
 from graphopt.backends.kernels.tiling import Split, choose_tile, split
 from graphopt.ops import OPS
-from graphopt.ops import math as M
 from graphopt.ops.opdef import Call, Expr, broadcast_index
 
 _BAND = 32
@@ -165,10 +164,10 @@ def lower_attention(request: Request) -> KernelSource | None:
     queries, keys = G.shape(q)[-2], G.shape(k)[-2]
     depth, width = G.shape(q)[-1], G.shape(v)[-1]
     scale = call["scale"] if call["scale"] is not None else 1.0 / math.sqrt(depth)
-    isa = request.target.isa
-    block = isa.block
-    bands = split(queries, min(queries, _BAND))
-    row_length = -(-keys // block) * block
+    chosen = attention.plan(
+        prod(lead), queries, keys, depth, width, float(scale), _adds(call),
+        request.target.isa, request.target.l2_bytes,
+    )  # fmt: skip
     repeat = 1
     if call.arguments.get("enable_gqa"):
         repeat = G.shape(q)[-3] // G.shape(k)[-3]
@@ -183,48 +182,37 @@ def lower_attention(request: Request) -> KernelSource | None:
         task: Expr, views: dict[fx.Node, View], constants: list[Any], out: View, group: Group,
         scratch: Any,
     ) -> None:  # fmt: skip
-        *batch, number = unflatten(task, [*lead, bands.count])
-        transposed = T.decl_buffer((depth, row_length), "float32", data=scratch)
-        scores = T.decl_buffer((bands.size, row_length), "float32", data=scratch,
-                               elem_offset=depth * row_length)  # fmt: skip
+        *batch, part = unflatten(task, [*lead, chosen.parts.count])
         q_batch = broadcast_index(tuple(batch), G.shape(q)[:-2])
         k_batch, v_batch = heads(batch, G.shape(k)), heads(batch, G.shape(v))
 
-        def band(first: Expr, rows: int) -> None:
-            with loop(depth) as d, loop(keys) as j:
-                T.buffer_store(transposed, group.read(k, (*k_batch, j, d)), [d, j])
+        def mask(score: Expr, i: Expr, j: Expr) -> Expr:
+            return _masked(call, group, score, (*batch, i, j))
 
-            def score(i: Expr, j: Expr, value: Expr) -> None:
-                value = _masked(call, group, value * f32(float(scale)), (*batch, first + i, j))
-                T.buffer_store(scores, value, [i, j])
+        def store(i: Expr, column: Expr, value: Expr) -> None:
+            index = (*batch, i, column)
+            group.give(request.anchor, lambda _: value)
+            out.store(index, group.read(request.root, index))
 
-            emit_product(
-                rows, keys, depth,
-                lambda i, d: group.read(q, (*q_batch, first + i, d)),
-                lambda d, j: transposed[d, j],
-                score, isa,
-            )  # fmt: skip
-            with loop(rows) as i:
-                _softmax_row(scores, i, keys, block)
-
-            def store(i: Expr, j: Expr, value: Expr) -> None:
-                index = (*batch, first + i, j)
-                group.give(request.anchor, lambda _: value)
-                out.store(index, group.read(request.root, index))
-
-            emit_product(
-                rows, width, keys,
-                lambda i, j: scores[i, j],
-                lambda j, d: group.read(v, (*v_batch, j, d)),
-                store, isa,
-            )  # fmt: skip
-
-        _each_band(bands, number, band)
+        operands = attention.Operands(
+            lambda i, d: group.read(q, (*q_batch, i, d)),
+            lambda j, d: group.read(k, (*k_batch, j, d)),
+            lambda j, column: group.read(v, (*v_batch, j, column)),
+            mask if call["attn_mask"] is not None or call["is_causal"] else None,
+            store,
+        )
+        attention.emit(chosen, part, operands, scratch)
 
     flops = 2 * prod(lead) * queries * keys * (depth + width)
-    scratch = (depth + bands.size) * row_length * 4
-    return KernelSource("attention", prod(lead) * bands.count, flops, emit, request.reads,
-                        scratch=scratch)  # fmt: skip
+    origin = f"attention {chosen.value_panels.width}×{chosen.rows}"
+    return KernelSource(origin, prod(lead) * chosen.parts.count, flops, emit, request.reads,
+                        scratch=chosen.places["end"] * 4)  # fmt: skip
+
+
+def _adds(call: Call) -> bool:
+    """Whether there is a mask to be added."""
+    mask = call["attn_mask"]
+    return mask is not None and G.value(mask).dtype != torch.bool
 
 
 def _masked(call: Call, group: Group, score: Expr, index: tuple[Expr, ...]) -> Expr:
@@ -232,21 +220,8 @@ def _masked(call: Call, group: Group, score: Expr, index: tuple[Expr, ...]) -> E
     mask = call["attn_mask"]
     if mask is not None:
         value = group.read(mask, broadcast_index(index, G.shape(mask)))
-        is_bool = G.value(mask).dtype == torch.bool
-        score = tirx.Select(value, score, f32(float("-inf"))) if is_bool else score + value
+        added = _adds(call)
+        score = score + value if added else tirx.Select(value, score, f32(float("-inf")))
     if call["is_causal"]:
         score = tirx.Select(index[-1] <= index[-2], score, f32(float("-inf")))
     return score
-
-
-def _softmax_row(scores: Any, i: Expr, keys: int, lanes: int) -> None:
-    """Softmax of one row in place. A row with nothing to attend to gives zeros, as in PyTorch."""
-    top = fold(keys, lanes, "max", lambda j: scores[i, j])
-    base = T.alloc_buffer((1,), "float32", scope="local")
-    nothing = top[0] == f32(float("-inf"))
-    T.buffer_store(base, tirx.Select(nothing, f32(0.0), top[0]), [0])
-    each(keys, lanes, lambda j: T.buffer_store(scores, M.exp(scores[i, j] - base[0]), [i, j]))
-    total = fold(keys, lanes, "sum", lambda j: scores[i, j])
-    share = T.alloc_buffer((1,), "float32", scope="local")
-    T.buffer_store(share, tirx.Select(nothing, f32(0.0), f32(1.0) / total[0]), [0])
-    each(keys, lanes, lambda j: T.buffer_store(scores, scores[i, j] * share[0], [i, j]))

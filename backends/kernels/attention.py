@@ -1,0 +1,346 @@
+"""One task of scaled dot-product attention: a head, or some of its queries.
+
+The task packs the head's keys (transposed) and values into panels once. Then bands of queries go
+through scores, softmax and the sum over the values while their scores are in the cache (the
+blocking of Dao et al., "FlashAttention", 2022, without its rescaling: a row of scores fits).
+
+Keys are padded to whole vectors: their scores are -inf and their values zero. Scores are in powers
+of two, log₂ e being folded into the queries' scale, and the weights are divided by their sum
+where the result is stored: a row of it is shorter than one of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from math import e, log2
+from typing import Any
+
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from graphopt.backends.isa.base import Isa
+from graphopt.backends.kernels.builder import each, f32, loop
+from graphopt.backends.kernels.product import Panels, choose_rows, emit_product, transpose
+from graphopt.backends.kernels.tiling import LINE, Split, split
+from graphopt.ops import math as M
+from graphopt.ops.opdef import Expr
+
+_BAND = 36
+"""Queries that go through the phases together, at most."""
+_FEWEST_TASKS = 6
+_FEWEST_TILES = 4
+"""Tiles of rows, at least, that one packing of the keys and values is for."""
+_LOG2_E = log2(e)
+
+_SHIFT = 12582912.0 + 127
+"""1.5 · 2²³, which rounds to integers, and the bias of a float32's exponent."""
+_EXP2 = (0.6931470036506653, 0.24022246897220612, 0.0555071122944355, 0.009671294130384922,
+         0.0013269407209008932)  # fmt: skip
+"""2^r = 1 + r·P(r) for |r| ≤ ½, a minimax fit, relative error 1.5e-7."""
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What a task reads and writes; indices are those of the head.
+
+    Attributes:
+        query, key, value: elements by row and column.
+        mask: the score of a query and a key with the mask applied; None without one.
+        store: stores an element of the result.
+    """
+
+    query: Callable[[Expr, Expr], Expr]
+    key: Callable[[Expr, Expr], Expr]
+    value: Callable[[Expr, Expr], Expr]
+    mask: Callable[[Expr, Expr, Expr], Expr] | None
+    store: Callable[[Expr, Expr, Expr], None]
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """The choices for one attention.
+
+    Attributes:
+        queries, keys: rows of the head's operands.
+        scale: factor of the scores.
+        adds: whether the mask is added to the scores, which so have to be in natural units.
+        rows: rows of a register tile.
+        key_panels, value_panels: the packed operands.
+        parts: the tiles of a head, cut into tasks.
+        band: tiles of a band.
+        lanes: floats of a vector register.
+    """
+
+    queries: int
+    keys: int
+    scale: float
+    adds: bool
+    rows: int
+    key_panels: Panels
+    value_panels: Panels
+    parts: Split
+    band: int
+    lanes: int
+
+    @property
+    def row(self) -> int:
+        """Scores of a query, padding included."""
+        return self.key_panels.columns
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """Where each part of scratch begins, in floats; `end` is where all ends."""
+        band = self.band * self.rows
+        sizes = {
+            "keys": self.key_panels.size,
+            "values": self.value_panels.size,
+            "queries": band * self.key_panels.depth,
+            "scores": band * self.row,
+            "shares": band,
+            "end": 0,
+        }
+        places, end = {}, 0
+        for name, size in sizes.items():
+            places[name] = end
+            end += -(-size // LINE) * LINE
+        return places
+
+
+def plan(
+    heads: int, queries: int, keys: int, depth: int, width: int, scale: float, adds: bool,
+    isa: Isa, l2_bytes: int,
+) -> AttentionPlan:  # fmt: skip
+    """Choose tiles, tasks and bands."""
+    block = isa.block
+    key_blocks = -(-keys // block)
+    products = [(key_blocks, depth), (-(-width // block), keys)]
+    rows, (of_keys, of_values) = choose_rows(queries, products, isa)
+    tiles = -(-queries // rows)
+    row = key_blocks * block
+    parts = max(1, min(-(-_FEWEST_TASKS // max(1, heads)), tiles // _FEWEST_TILES))
+    part = split(tiles, -(-tiles // parts))
+    most = max(1, min(_BAND, l2_bytes // 2 // (4 * row)) // rows)
+    return AttentionPlan(
+        queries, keys, scale, adds, rows,
+        Panels(depth, row, block, of_keys), Panels(row, width, block, of_values),
+        part, split(part.size, most).size, isa.lanes(),
+    )  # fmt: skip
+
+
+def emit(chosen: AttentionPlan, part: Expr, operands: Operands, scratch: Any) -> None:
+    """Emit the task that does this part of a head."""
+    _Task(chosen, part, operands, scratch).emit()
+
+
+class _Task:
+    """One task's indices and buffers."""
+
+    def __init__(self, chosen: AttentionPlan, part: Expr, operands: Operands, scratch: Any) -> None:
+        self.plan, self.operands = chosen, operands
+        parts = chosen.parts
+        self.first_tile = part * parts.size
+        self.tiles: Expr = parts.size
+        if parts.large < parts.count:
+            self.first_tile = part * parts.size - tirx.max(0, part - parts.large)
+            self.tiles = parts.size - (part >= parts.large).astype("int32")
+        ends = list(chosen.places.values())[1:]
+        self.buffers = {
+            name: T.decl_buffer((end - start,), "float32", data=scratch, elem_offset=start)
+            for (name, start), end in zip(chosen.places.items(), ends, strict=False)
+        }
+
+    def emit(self) -> None:
+        self._pack_keys()
+        self._pack_values()
+        size = self.plan.band
+        with loop(-(-self.plan.parts.size // size)) as band:
+            tiles = tirx.min(size, self.tiles - band * size)
+            self._band(self.first_tile + band * size, tiles)
+
+    def _pack_keys(self) -> None:
+        """Keys as columns: squares of them in registers, then what is left one by one."""
+        chosen, lanes = self.plan, self.plan.lanes
+        panels, packed, depth = chosen.key_panels, self.buffers["keys"], chosen.key_panels.depth
+        squares, rest = divmod(chosen.keys, lanes)
+        if squares:
+            with loop(squares) as square:
+                if depth >= lanes:
+                    with loop(depth // lanes) as part:
+                        self._pack_square(square * lanes, part * lanes)
+                if depth % lanes:
+                    with loop(depth % lanes) as d, loop(lanes, "vectorized") as lane:
+                        k = depth // lanes * lanes + d
+                        value = self.operands.key(square * lanes + lane, k)
+                        T.buffer_store(packed, value, [panels.place(k, square * lanes, lane)])
+        if rest:
+            with loop(rest) as j, loop(depth) as d:
+                key = squares * lanes + j
+                T.buffer_store(packed, self.operands.key(key, d), [panels.place(d, key)])
+        if chosen.row > chosen.keys:
+            with loop(depth) as d, loop(chosen.row - chosen.keys) as j:
+                T.buffer_store(packed, f32(0.0), [panels.place(d, chosen.keys + j)])
+
+    def _pack_square(self, key: Expr, d: Expr) -> None:
+        panels, lanes = self.plan.key_panels, self.plan.lanes
+        tile = T.alloc_buffer((lanes * lanes,), "float32", scope="local")
+        for r in range(lanes):
+            with loop(lanes, "vectorized") as lane:
+                T.buffer_store(tile, self.operands.key(key + r, d + lane), [r * lanes + lane])
+        transpose(tile, lanes)
+        for r in range(lanes):
+            with loop(lanes, "vectorized") as lane:
+                place = panels.place(d + r, key, lane)
+                T.buffer_store(self.buffers["keys"], tile[r * lanes + lane], [place])
+
+    def _pack_values(self) -> None:
+        chosen, panels = self.plan, self.plan.value_panels
+        full, rest = divmod(panels.columns, panels.block)
+
+        def put(row: Expr, value: Callable[[Expr], Expr]) -> None:
+            def store(column: Expr, lane: Expr, what: Expr) -> None:
+                place = panels.place(row, column, lane)
+                T.buffer_store(self.buffers["values"], what, [place])
+
+            if full:
+                with loop(full) as v, loop(panels.block, "vectorized") as lane:
+                    store(v * panels.block, lane, value(v * panels.block + lane))
+            if rest:
+                last = tirx.const(full * panels.block, "int32")
+                # The lanes of no column are multiplied, too: denormals there would cost time.
+                with loop(panels.block, "vectorized") as lane:
+                    store(last, lane, f32(0.0))
+                with loop(rest) as lane:
+                    store(last, lane, value(last + lane))
+
+        with loop(chosen.keys) as j:
+            put(j, lambda column: self.operands.value(j, column))
+        if chosen.row > chosen.keys:
+            with loop(chosen.row - chosen.keys) as j:
+                put(chosen.keys + j, lambda column: f32(0.0))
+
+    def _band(self, first_tile: Expr, tiles: Expr) -> None:
+        """All phases for `tiles` tiles of rows."""
+        chosen, buffers = self.plan, self.buffers
+        rows, depth, row = chosen.rows, chosen.key_panels.depth, chosen.row
+        self._pack_queries(first_tile, tiles)
+
+        def score(t: Expr, r: int, j: Expr, value: Expr) -> None:
+            T.buffer_store(buffers["scores"], value, [(t * rows + r) * row + j])
+
+        emit_product(
+            chosen.key_panels, buffers["keys"], rows, tiles,
+            lambda t, r, d: buffers["queries"][(t * rows + r) * depth + d], score,
+        )  # fmt: skip
+        with loop(tiles) as t, loop(rows) as r:
+            self._softmax(t * rows + r, self._query(first_tile + t) + r)
+
+        def store(t: Expr, r: int, column: Expr, value: Expr) -> None:
+            value = value * buffers["shares"][t * rows + r]
+            self.operands.store(self._query(first_tile + t) + r, column, value)
+
+        emit_product(
+            chosen.value_panels, buffers["values"], rows, tiles,
+            lambda t, r, j: buffers["scores"][(t * rows + r) * row + j], store,
+        )  # fmt: skip
+
+    def _query(self, tile: Expr) -> Expr:
+        """First query of a tile; the last tile is moved back to end with the queries."""
+        chosen = self.plan
+        first = tile * chosen.rows
+        if chosen.queries % chosen.rows:
+            return tirx.min(first, chosen.queries - chosen.rows)
+        return first
+
+    def _pack_queries(self, first_tile: Expr, tiles: Expr) -> None:
+        """Copy the band's queries, times the scale."""
+        chosen, depth = self.plan, self.plan.key_panels.depth
+        scale = f32(chosen.scale * (1.0 if chosen.adds else _LOG2_E))
+        with loop(tiles) as t, loop(chosen.rows) as r:
+            query = self._query(first_tile + t) + r
+
+            def put(d: Expr, t: Expr = t, r: Expr = r, query: Expr = query) -> None:
+                place = (t * chosen.rows + r) * depth + d
+                value = self.operands.query(query, d) * scale
+                T.buffer_store(self.buffers["queries"], value, [place])
+
+            each(depth, chosen.lanes, put)
+
+    def _softmax(self, i: Expr, query: Expr) -> None:
+        """Weights of one row, and what to multiply their sum of values with.
+
+        A row with nothing to attend to gives zeros, as in PyTorch.
+        """
+        chosen, scores = self.plan, self.buffers["scores"]
+        block = chosen.key_panels.block
+        at = i * chosen.row
+        top = self._top(at, query)
+        nothing = top[0] == f32(float("-inf"))
+        base = T.alloc_buffer((1,), "float32", scope="local")
+        T.buffer_store(base, tirx.Select(nothing, f32(0.0), top[0]), [0])
+        acc = _filled(block, 0.0)
+        with loop(chosen.row // block) as v, loop(block, "vectorized") as lane:
+            moved = scores[at + v * block + lane] - base[0]
+            weight = M.share(_exp2(moved * f32(_LOG2_E) if chosen.adds else moved))
+            T.buffer_store(scores, weight, [at + v * block + lane])
+            T.buffer_store(acc, acc[lane] + weight, [lane])
+        _halve(acc, block, lambda a, b: a + b)
+        share = tirx.Select(nothing, f32(0.0), f32(1.0) / acc[0])
+        T.buffer_store(self.buffers["shares"], share, [i])
+
+    def _top(self, at: Expr, query: Expr) -> Any:
+        """Mask a row, padding included; gives a buffer that begins with its maximum.
+
+        It may miss NaN, which the sum of the weights then finds.
+        """
+        chosen, scores, mask = self.plan, self.buffers["scores"], self.operands.mask
+        block = chosen.key_panels.block
+        acc = _filled(block, float("-inf"))
+        full, rest = divmod(chosen.keys, block)
+
+        def take(key: Expr, lane: Expr, padded: bool) -> None:
+            score = scores[at + key + lane]
+            if mask is not None:
+                last = chosen.keys - 1
+                score = mask(score, query, tirx.min(key + lane, last) if padded else key + lane)
+            if padded:
+                score = tirx.Select(lane < rest, score, f32(float("-inf")))
+            if mask is not None or padded:
+                score = M.share(score)
+                T.buffer_store(scores, score, [at + key + lane])
+            T.buffer_store(acc, tirx.Select(acc[lane] > score, acc[lane], score), [lane])
+
+        if full:
+            with loop(full) as v, loop(block, "vectorized") as lane:
+                take(v * block, lane, False)
+        if rest:
+            with loop(block, "vectorized") as lane:
+                take(tirx.const(full * block, "int32"), lane, True)
+        _halve(acc, block, lambda a, b: tirx.Select(a > b, a, b))
+        return acc
+
+
+def _filled(lanes: int, value: float) -> Any:
+    acc = T.alloc_buffer((lanes,), "float32", scope="local")
+    with loop(lanes, "vectorized") as lane:
+        T.buffer_store(acc, f32(value), [lane])
+    return acc
+
+
+def _halve(acc: Any, lanes: int, join: Callable[[Expr, Expr], Expr]) -> None:
+    """Fold a local buffer into its first element, by halves."""
+    while lanes > 1:
+        lanes //= 2
+        with loop(lanes, "vectorized") as lane:
+            T.buffer_store(acc, join(acc[lane], acc[lane + lanes]), [lane])
+
+
+def _exp2(x: Expr) -> Expr:
+    """2 to the x for x ≤ 0, max 2 ulp; results below 2^-126.5 become 0."""
+    x = M.at_least(x, -127.0)
+    shifted = M.share(x + f32(_SHIFT))
+    r = M.share(x - M.share(shifted - f32(_SHIFT)))
+    value = M.share(r * M.horner(r, _EXP2) + f32(1.0))
+    # The exponent's bits of 2⁻¹²⁷ are those of 0.
+    return value * M.from_bits(M.bits(shifted) << 23)
