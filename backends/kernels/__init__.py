@@ -7,7 +7,11 @@ from graphopt.backends.kernels.conv import lower_depthwise, lower_products
 from graphopt.backends.kernels.conv_fold import lower_fold
 from graphopt.backends.kernels.linear import lower_linear
 from graphopt.backends.kernels.matmul import lower_attention, lower_matmul
+from graphopt.backends.kernels.pool import lower_pool
 from graphopt.backends.kernels.rows import lower_layer_norm, lower_softmax
+
+GENERATOR_VERSION = 1
+"""To be raised when kernels get faster or slower: what was tuned before then no longer counts."""
 
 GENERATORS: dict[str, tuple[Generator, ...]] = {
     "convolution": (lower_depthwise, lower_products, lower_fold),
@@ -17,4 +21,6 @@ GENERATORS: dict[str, tuple[Generator, ...]] = {
     "log_softmax": (lower_softmax,),
     "layer_norm": (lower_layer_norm,),
     "attention": (lower_attention,),
+    "max_pool2d": (lower_pool,),
+    "avg_pool2d": (lower_pool,),
 }

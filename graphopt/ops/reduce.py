@@ -55,25 +55,30 @@ def _axes_fold(kind: str, dim_name: str = "dim") -> Any:
     return build
 
 
-def _pair(value: Any, default: Any, rank: int) -> tuple[int, ...]:
-    value = list(value) if isinstance(value, (list, tuple)) else [value]
-    if not value:
-        return tuple(default)
-    return tuple(value * rank if len(value) == 1 else value)
+def _pair(value: Any, default: tuple[int, int]) -> tuple[int, int]:
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not values:
+        return default
+    return values[0], values[-1]
 
 
-def _window(call: Call) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    rank = len(call["kernel_size"]) if isinstance(call["kernel_size"], (list, tuple)) else 1
-    rank = max(rank, len(call.shape_of("self")) - 2)
-    kernel = _pair(call["kernel_size"], (), rank)
-    stride = _pair(call["stride"], kernel, rank)
-    return kernel, stride, _pair(call["padding"], (0,) * rank, rank)
+Pair = tuple[int, int]
+
+
+def window_of(call: Call) -> tuple[Pair, Pair, Pair, Pair]:
+    """A pooling's kernel, stride, padding and dilation, by rows and columns."""
+    kernel = _pair(call["kernel_size"], (1, 1))
+    return (
+        kernel,
+        _pair(call["stride"], kernel),
+        _pair(call["padding"], (0, 0)),
+        _pair(call.arguments.get("dilation", 1), (1, 1)),
+    )
 
 
 def _max_pool(call: Call, x: Reader) -> Reduction:
     size = call.shape_of("self")[-2:]
-    kernel, stride, padding = _window(call)
-    dilation = _pair(call["dilation"], (1, 1), 2)
+    kernel, stride, padding, dilation = window_of(call)
 
     def element(index: Index, box: Index) -> Expr:
         lead, spatial = index[:-2], index[-2:]
@@ -102,7 +107,7 @@ def _max_pool(call: Call, x: Reader) -> Reduction:
 
 def _avg_pool(call: Call, x: Reader) -> Reduction:
     size = call.shape_of("self")[-2:]
-    kernel, stride, padding = _window(call)
+    kernel, stride, padding, _ = window_of(call)
 
     def start(index: Index, axis: int) -> Expr:
         return index[axis - 2] * stride[axis] - padding[axis]
