@@ -4,7 +4,7 @@ The task packs the head's keys (transposed) and values into panels once. Then ba
 through scores, softmax and the sum over the values while their scores are in the cache (the
 blocking of Dao et al., "FlashAttention", 2022, without its rescaling: a row of scores fits).
 
-Keys are padded to whole vectors: their scores are -inf and their values zero. Scores are in powers
+Keys are padded to whole vectors with scores of -inf. Scores are in powers
 of two, log₂ e being folded into the queries' scale, and the weights are divided by their sum
 where the result is stored: a row of it is shorter than one of the weights.
 """
@@ -47,7 +47,7 @@ class Operands:
 
     Attributes:
         query, key, value: elements by row and column.
-        mask: the score of a query and a key with the mask applied; None without one.
+        mask: gives `(score, query, key)` with the mask applied; None without one.
         store: stores an element of the result.
     """
 
@@ -87,7 +87,8 @@ class AttentionPlan:
     @property
     def row(self) -> int:
         """Scores of a query, padding included."""
-        return self.key_panels.columns
+        block = self.key_panels.block
+        return -(-self.keys // block) * block
 
     @cached_property
     def places(self) -> dict[str, int]:
@@ -124,7 +125,7 @@ def plan(
     most = max(1, min(_BAND, l2_bytes // 2 // (4 * row)) // rows)
     return AttentionPlan(
         queries, keys, scale, adds, rows,
-        Panels(depth, row, block, of_keys), Panels(row, width, block, of_values),
+        Panels(depth, keys, block, of_keys), Panels(keys, width, block, of_values),
         part, split(part.size, most).size, isa.lanes(),
     )  # fmt: skip
 
@@ -216,9 +217,6 @@ class _Task:
 
         with loop(chosen.keys) as j:
             put(j, lambda column: self.operands.value(j, column))
-        if chosen.row > chosen.keys:
-            with loop(chosen.row - chosen.keys) as j:
-                put(chosen.keys + j, lambda column: f32(0.0))
 
     def _band(self, first_tile: Expr, tiles: Expr) -> None:
         """All phases for `tiles` tiles of rows."""
@@ -226,19 +224,24 @@ class _Task:
         rows, depth, row = chosen.rows, chosen.key_panels.depth, chosen.row
         self._pack_queries(first_tile, tiles)
 
-        def score(t: Expr, r: int, j: Expr, value: Expr) -> None:
-            T.buffer_store(buffers["scores"], value, [(t * rows + r) * row + j])
+        def score(t: Expr, r: int, first: Expr, count: int, value: Callable[[Expr], Expr]) -> None:
+            query = self._query(first_tile + t) + r
+            with loop(chosen.key_panels.block, "vectorized") as lane:
+                masked = self._masked(value(lane), query, first + lane, lane, count)
+                T.buffer_store(buffers["scores"], masked, [(t * rows + r) * row + first + lane])
 
         emit_product(
             chosen.key_panels, buffers["keys"], rows, tiles,
             lambda t, r, d: buffers["queries"][(t * rows + r) * depth + d], score,
         )  # fmt: skip
         with loop(tiles) as t, loop(rows) as r:
-            self._softmax(t * rows + r, self._query(first_tile + t) + r)
+            self._softmax(t * rows + r)
 
-        def store(t: Expr, r: int, column: Expr, value: Expr) -> None:
-            value = value * buffers["shares"][t * rows + r]
-            self.operands.store(self._query(first_tile + t) + r, column, value)
+        def store(t: Expr, r: int, first: Expr, count: int, value: Callable[[Expr], Expr]) -> None:
+            query = self._query(first_tile + t) + r
+            with loop(count, "vectorized") as lane:
+                mean = value(lane) * buffers["shares"][t * rows + r]
+                self.operands.store(query, first + lane, mean)
 
         emit_product(
             chosen.value_panels, buffers["values"], rows, tiles,
@@ -267,58 +270,44 @@ class _Task:
 
             each(depth, chosen.lanes, put)
 
-    def _softmax(self, i: Expr, query: Expr) -> None:
+    def _masked(self, score: Expr, query: Expr, key: Expr, lane: Expr, count: int) -> Expr:
+        """A score with the mask, in a vector that has `count` keys."""
+        padded = count < self.plan.key_panels.block
+        if self.operands.mask is not None:
+            # Padding reads the mask of the last key.
+            known = M.share(tirx.min(key, self.plan.keys - 1)) if padded else key
+            score = self.operands.mask(score, query, known)
+        return tirx.Select(lane < count, score, f32(float("-inf"))) if padded else score
+
+    def _softmax(self, i: Expr) -> None:
         """Weights of one row, and what to multiply their sum of values with.
 
-        A row with nothing to attend to gives zeros, as in PyTorch.
+        A row with nothing to attend to gives zeros, as in PyTorch. The maximum may miss NaN, which
+        the sum of the weights then finds.
         """
         chosen, scores = self.plan, self.buffers["scores"]
         block = chosen.key_panels.block
-        at = i * chosen.row
-        top = self._top(at, query)
+        at, vectors = i * chosen.row, chosen.row // block
+        top = _filled(block, float("-inf"))
+        with loop(vectors) as v, loop(block, "vectorized") as lane:
+            T.buffer_store(top, _larger(top[lane], scores[at + v * block + lane]), [lane])
+        _halve(top, block, _larger)
         nothing = top[0] == f32(float("-inf"))
         base = T.alloc_buffer((1,), "float32", scope="local")
         T.buffer_store(base, tirx.Select(nothing, f32(0.0), top[0]), [0])
-        acc = _filled(block, 0.0)
-        with loop(chosen.row // block) as v, loop(block, "vectorized") as lane:
+        total = _filled(block, 0.0)
+        with loop(vectors) as v, loop(block, "vectorized") as lane:
             moved = scores[at + v * block + lane] - base[0]
             weight = M.share(_exp2(moved * f32(_LOG2_E) if chosen.adds else moved))
             T.buffer_store(scores, weight, [at + v * block + lane])
-            T.buffer_store(acc, acc[lane] + weight, [lane])
-        _halve(acc, block, lambda a, b: a + b)
-        share = tirx.Select(nothing, f32(0.0), f32(1.0) / acc[0])
+            T.buffer_store(total, total[lane] + weight, [lane])
+        _halve(total, block, lambda a, b: a + b)
+        share = tirx.Select(nothing, f32(0.0), f32(1.0) / total[0])
         T.buffer_store(self.buffers["shares"], share, [i])
 
-    def _top(self, at: Expr, query: Expr) -> Any:
-        """Mask a row, padding included; gives a buffer that begins with its maximum.
 
-        It may miss NaN, which the sum of the weights then finds.
-        """
-        chosen, scores, mask = self.plan, self.buffers["scores"], self.operands.mask
-        block = chosen.key_panels.block
-        acc = _filled(block, float("-inf"))
-        full, rest = divmod(chosen.keys, block)
-
-        def take(key: Expr, lane: Expr, padded: bool) -> None:
-            score = scores[at + key + lane]
-            if mask is not None:
-                last = chosen.keys - 1
-                score = mask(score, query, tirx.min(key + lane, last) if padded else key + lane)
-            if padded:
-                score = tirx.Select(lane < rest, score, f32(float("-inf")))
-            if mask is not None or padded:
-                score = M.share(score)
-                T.buffer_store(scores, score, [at + key + lane])
-            T.buffer_store(acc, tirx.Select(acc[lane] > score, acc[lane], score), [lane])
-
-        if full:
-            with loop(full) as v, loop(block, "vectorized") as lane:
-                take(v * block, lane, False)
-        if rest:
-            with loop(block, "vectorized") as lane:
-                take(tirx.const(full * block, "int32"), lane, True)
-        _halve(acc, block, lambda a, b: tirx.Select(a > b, a, b))
-        return acc
+def _larger(a: Expr, b: Expr) -> Expr:
+    return tirx.Select(a > b, a, b)
 
 
 def _filled(lanes: int, value: float) -> Any:

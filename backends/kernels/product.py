@@ -23,6 +23,9 @@ _UNROLLED = 4
 _MOST_VECTORS = 8
 _MOST_ROWS = 12
 
+Store = Callable[[Expr, int, Expr, int, Callable[[Expr], Expr]], None]
+"""`store(t, r, column, count, value)` stores the first `count` lanes of a vector of results."""
+
 
 @dataclass(frozen=True)
 class Panels:
@@ -91,9 +94,9 @@ def emit_product(
     rows: int,
     tiles: Expr,
     left: Callable[[Expr, int, Expr], Expr],
-    store: Callable[[Expr, int, Expr, Expr], None],
+    store: Store,
 ) -> None:
-    """Emit `store(t, r, j, Σ_k left(t, r, k) · right[k, j])` for row `r` of each tile `t`.
+    """Emit the product of `left(t, r, k)`, row `r` of tile `t`, and the panels in `right`.
 
     A panel stays in the first-level cache while all tiles pass it.
     """
@@ -112,7 +115,7 @@ def emit_product(
 
 def _tile(
     panels: Panels, right: Any, number: Expr, columns: int, t: Expr, rows: int,
-    left: Callable[[Expr, int, Expr], Expr], store: Callable[[Expr, int, Expr, Expr], None],
+    left: Callable[[Expr, int, Expr], Expr], store: Store,
 ) -> None:  # fmt: skip
     block = panels.block
     vectors = -(-columns // block)
@@ -139,9 +142,9 @@ def _tile(
         step(tirx.const(turns * _UNROLLED + c, "int32"))
     for r in range(rows):
         for v in range(vectors):
-            with loop(min(block, columns - v * block), "vectorized") as lane:
-                value = acc[(r * vectors + v) * block + lane]
-                store(t, r, number * panels.width + v * block + lane, value)
+            slot = (r * vectors + v) * block
+            column = number * panels.width + v * block
+            store(t, r, column, min(block, columns - v * block), lambda i, at=slot: acc[at + i])
 
 
 def transpose(tile: Any, lanes: int) -> None:
