@@ -283,23 +283,36 @@ def _transform_output(
     spec, m, block = conv.spec, conv.m, conv.block
     side = m + KERNEL - 1
     a_t, _, _ = transforms(m)
-    tile = T.alloc_buffer((side * side * block,), "float32", scope="local")
-    out = T.alloc_buffer((m * m * block,), "float32", scope="local")
-    for place in range(side * side):
-        with T.vectorized(0, block) as lane:
-            value = products[j, place, t * conv.width + v * block + lane]
-            T.buffer_store(tile, value, [place * block + lane])
 
-    def put(i: int, j: int, lane: Expr, value: Expr) -> None:
-        T.buffer_store(out, value, [(i * m + j) * block + lane])
+    def transform(put: Any) -> None:
+        tile = T.alloc_buffer((side * side * block,), "float32", scope="local")
+        for place in range(side * side):
+            with T.vectorized(0, block) as lane:
+                value = products[j, place, t * conv.width + v * block + lane]
+                T.buffer_store(tile, value, [place * block + lane])
+        _two_sided(a_t, tile, side, block, put)
 
-    _two_sided(a_t, tile, side, block, put)
-    rows: Expr = m
-    columns: Expr = m
-    if spec.out_size[0] % m:
+    def store(i: int, k: int, lane: Expr, value: Expr) -> None:
+        access.store(n, channel + lane, row + i, column + k, value)
+
+    def store_some() -> None:
+        out = T.alloc_buffer((m * m * block,), "float32", scope="local")
+
+        def put(i: int, k: int, lane: Expr, value: Expr) -> None:
+            T.buffer_store(out, value, [(i * m + k) * block + lane])
+
+        transform(put)
         rows = tirx.min(m, spec.out_size[0] - row)
-    if spec.out_size[1] % m:
         columns = tirx.min(m, spec.out_size[1] - column)
-    with loop(rows) as y, loop(columns) as x, T.vectorized(0, block) as lane:
-        value = out[(y * m + x) * block + lane]
-        access.store(n, channel + lane, row + y, column + x, value)
+        with loop(rows) as y, loop(columns) as x, T.vectorized(0, block) as lane:
+            value = out[(y * m + x) * block + lane]
+            access.store(n, channel + lane, row + y, column + x, value)
+
+    if access.heavy:
+        store_some()
+        return
+    with T.If(tirx.all(row + m <= spec.out_size[0], column + m <= spec.out_size[1])):
+        with T.Then():
+            transform(store)
+        with T.Else():
+            store_some()
