@@ -188,13 +188,12 @@ class Lowering:
 
     def choose(self, request: Request) -> KernelSource:
         """The first generator that takes the request."""
+        made = offer(request)
+        if isinstance(made, Alternatives):
+            return self.take(made)
+        if made is not None:
+            return made
         op = OPS[request.anchor.target]
-        for generator in GENERATORS.get(op.name, ()):
-            made = generator(request)
-            if isinstance(made, Alternatives):
-                return self.take(made)
-            if made is not None:
-                return made
         if op.kind is Kind.REDUCTION:
             return lower_reduction(request)
         if op.kind is Kind.ANCHOR:
@@ -245,6 +244,15 @@ class Lowering:
         return kernel
 
 
+def offer(request: Request) -> KernelSource | Alternatives | None:
+    """What the first generator that takes the request answers; None if none takes it."""
+    for generator in GENERATORS.get(OPS[request.anchor.target].name, ()):
+        made = generator(request)
+        if made is not None:
+            return made
+    return None
+
+
 def lower(
     gm: fx.GraphModule,
     target: Target,
@@ -266,7 +274,7 @@ def lower(
         UnsupportedError: listing every operator without a kernel.
     """
     check_supported(gm)
-    gm = _with_own_outputs(gm)
+    gm = with_own_outputs(gm)
     outputs = list(G.outputs(gm))
     state = Lowering(gm, target, name, winograd, choice)
     for node, label in zip(G.placeholders(gm), gm.meta["input_names"], strict=True):
@@ -285,10 +293,10 @@ def lower(
             state.home[group.root] = state.locate(source)
             continue
         state.lower_group(group, output_names.get(group.root))
-    return _finish(state, [output_names[node] for node in outputs])
+    return finish(state, [output_names[node] for node in outputs])
 
 
-def _with_own_outputs(gm: fx.GraphModule) -> fx.GraphModule:
+def with_own_outputs(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy of the graph whose every output is a node that a kernel writes to the caller's memory.
 
     Inputs, constants, views, values read by others and values returned twice are returned through a
@@ -315,7 +323,7 @@ def _with_own_outputs(gm: fx.GraphModule) -> fx.GraphModule:
     return copy
 
 
-def _finish(state: Lowering, outputs: list[str]) -> Program:
+def finish(state: Lowering, outputs: list[str]) -> Program:
     """Place constants and arena tensors and assemble the Program."""
     buffers = state.buffers
     lifetimes = lifetimes_of(state.steps, buffers)

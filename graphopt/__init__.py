@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from graphopt.backends.target import Target, get_target, targets
+    from graphopt.backends.tuning import TuningDatabase
     from graphopt.compiler import Compiled, compile
     from graphopt.errors import (
         ArtifactError,
@@ -19,12 +20,14 @@ if TYPE_CHECKING:
         ModelError,
         TargetError,
         ToolchainError,
+        TuningError,
         UnsupportedError,
         VerifyError,
     )
     from graphopt.runtime.load import load
+    from graphopt.tuner import Tuned, tune
 
-# The module is not called `compile`: importing it would put it in the place of the function.
+# No module is called `compile` or `tune`: importing it would put it in the place of the function.
 _HOMES = {
     "Compiled": "graphopt.compiler",
     "compile": "graphopt.compiler",
@@ -32,9 +35,12 @@ _HOMES = {
     "Target": "graphopt.backends.target",
     "get_target": "graphopt.backends.target",
     "targets": "graphopt.backends.target",
+    "Tuned": "graphopt.tuner",
+    "TuningDatabase": "graphopt.backends.tuning",
+    "tune": "graphopt.tuner",
     **dict.fromkeys(
         ("ArtifactError", "GraphoptError", "InputError", "ModelError", "TargetError",
-         "ToolchainError", "UnsupportedError", "VerifyError"),
+         "ToolchainError", "TuningError", "UnsupportedError", "VerifyError"),
         "graphopt.errors",
     ),
 }  # fmt: skip
@@ -48,12 +54,16 @@ __all__ = [
     "Target",
     "TargetError",
     "ToolchainError",
+    "Tuned",
+    "TuningDatabase",
+    "TuningError",
     "UnsupportedError",
     "VerifyError",
     "compile",
     "get_target",
     "load",
     "targets",
+    "tune",
 ]
 
 

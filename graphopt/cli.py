@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from graphopt.cli_output import (
+    Json,
     Progress,
     fail,
     kind_table,
@@ -27,6 +28,7 @@ from graphopt.cli_output import (
     step_table,
     table_of,
 )
+from graphopt.cli_tune import tune_command
 from graphopt.errors import ArtifactError, GraphoptError
 
 # Nothing here imports numpy, torch or tvm at the top: `graphopt targets` and `--help` stay quick.
@@ -69,7 +71,6 @@ app = typer.Typer(
 )
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that graphopt built.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads (default: the build's).")]
 Repeat = Annotated[
     int | None, typer.Option(min=1, help="Runs to time (default: as many as fit in 3 s).")
@@ -124,6 +125,10 @@ def compile_command(
         bool,
         typer.Option(help="Let 3×3 convolutions use Winograd: faster, but larger weights."),
     ] = True,
+    tune: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="What `graphopt tune` measured of the kernels."),
+    ] = None,
     cc: Annotated[str | None, typer.Option(help="C compiler to link with.")] = None,
     report: Annotated[bool, typer.Option(help="Print all that was done to the model.")] = False,
     as_json: Json = False,
@@ -148,6 +153,7 @@ def compile_command(
             threads=threads,
             name=name,
             winograd=winograd,
+            tune=tune,
             cc=cc,
             progress=progress,
         )
@@ -180,6 +186,9 @@ def compile_command(
         f"{len(artifact.manifest['steps'])} steps; weights {memory['weights']:,} bytes, "
         f"arena {memory['arena']:,} bytes, {memory['scratch_per_thread']:,} more per thread"
     )
+
+
+app.command("tune")(tune_command)
 
 
 @app.command("run")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -13,6 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from graphopt.runtime.profile import KindTime, StepTime, Work, gbytes, gflops
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else.")]
 
 _STAGES = {
     "start": "loading PyTorch and TVM",

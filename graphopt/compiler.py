@@ -19,6 +19,7 @@ from graphopt.backends.emit_c import check_name
 from graphopt.backends.lower import lower
 from graphopt.backends.target import Target, get_target
 from graphopt.backends.toolchain import CompilerName, find_toolchain
+from graphopt.backends.tuning import TuningDatabase, find_database
 from graphopt.errors import GraphoptError
 from graphopt.importers import ExampleInputs, import_model
 from graphopt.passes.base import Context, Pass
@@ -131,6 +132,7 @@ def compile(
     threads: int | None = None,
     name: str = "model",
     winograd: bool = True,
+    tune: str | Path | TuningDatabase | None = None,
     cc: CompilerName | None = None,
     progress: Progress | None = None,
 ) -> Compiled:
@@ -150,6 +152,9 @@ def compile(
         winograd: whether 3×3 convolutions may use Winograd's algorithm where it is estimated to be
             faster. It rounds differently (error up to about 2e-6 of a layer's largest output, where
             direct convolution has 5e-7) and its weights take up to four times the flash.
+        tune: what `graphopt.tune` measured: a file or a `TuningDatabase`. It decides on algorithms
+            and register tiles, before the entries that come with graphopt; where neither knows a
+            kernel, the estimate decides.
         cc: C compiler to link with, for example `aarch64-linux-gnu-gcc`; by default graphopt finds
             one (`GRAPHOPT_CC_<ARCH>`, the system's, PyPI's ziglang).
         progress: is told each stage as it begins.
@@ -162,6 +167,7 @@ def compile(
     todo = resolve(passes)
     if threads is not None and threads < 1:
         raise GraphoptError(f"threads={threads} is not possible", hint="give 1 or more.")
+    choice = find_database(tune).choice(chosen)
     # Asked before the long work: a missing compiler should not be news at the end.
     find_toolchain(chosen, cc)
     seconds: dict[str, float] = {}
@@ -180,7 +186,7 @@ def compile(
         with stage("passes"):
             records = run_passes(graph, todo, Context())
         with stage("lower"):
-            program = lower(graph, chosen, name, winograd=winograd)
+            program = lower(graph, chosen, name, winograd=winograd, choice=choice)
         with stage("codegen"):
             kernels = compile_kernels(program, chosen)
     report = Report(name, replace(chosen), tuple(records), program, seconds)

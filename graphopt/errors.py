@@ -51,3 +51,7 @@ class ToolchainError(TargetError):
 
 class ArtifactError(GraphoptError):
     """A built artifact is missing, incomplete, damaged, or was built for another CPU."""
+
+
+class TuningError(GraphoptError):
+    """A tuning database is missing, damaged, or of another version of graphopt."""

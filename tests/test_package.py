@@ -30,7 +30,7 @@ ORDER = (
     ("graphopt.report",),
     ("graphopt.compiler",),
     ("graphopt",),
-    ("graphopt.cli_inputs", "graphopt.cli_output", "graphopt.cli"),
+    ("graphopt.cli_inputs", "graphopt.cli_output", "graphopt.cli_tune", "graphopt.cli"),
 )
 
 

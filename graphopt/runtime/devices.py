@@ -65,8 +65,15 @@ def _link_target(manifest: Mapping[str, Any]) -> Target:
     raise TargetError(f"{manifest['name']} was built for {arch}, which this graphopt cannot link")
 
 
-def build_runner(folder: str | Path, *, cc: CompilerName | None = None) -> Path:
+def build_runner(
+    folder: str | Path, *, cc: CompilerName | None = None, cache: Path | None = None
+) -> Path:
     """The static program that runs the artifact in `folder` on its target; built once, then cached.
+
+    Args:
+        folder: what `build_artifact` wrote.
+        cc: C compiler to use (see `find_toolchain`).
+        cache: where runners are kept (None: `cache_folder()`).
 
     Raises:
         ArtifactError: no artifact there.
@@ -85,7 +92,7 @@ def build_runner(folder: str | Path, *, cc: CompilerName | None = None) -> Path:
     digest = hashlib.sha256(repr((toolchain.command, toolchain.version)).encode())
     for content in parts.values():
         digest.update(hashlib.sha256(content).digest())
-    place = cache_folder() / "runners" / digest.hexdigest()[:32]
+    place = (cache or cache_folder()) / "runners" / digest.hexdigest()[:32]
     program = place / f"run_{name}"
     if program.exists():
         return program
@@ -115,11 +122,13 @@ class RunnerDevice:
 
     Args:
         cc: C compiler to build the runner with (see `find_toolchain`).
+        cache: where runners are kept (None: `cache_folder()`).
     """
 
-    def __init__(self, *, cc: CompilerName | None = None) -> None:
+    def __init__(self, *, cc: CompilerName | None = None, cache: Path | None = None) -> None:
         """See the class for the arguments."""
         self.cc = cc
+        self.cache = cache
 
     def check(self, manifest: Mapping[str, Any]) -> None:
         """Guard, before anything is built for it.
@@ -157,7 +166,7 @@ class RunnerDevice:
         manifest = read_manifest(folder, ArtifactError)
         self.check(manifest)
         command = [
-            *self.command(build_runner(folder, cc=self.cc), manifest),
+            *self.command(build_runner(folder, cc=self.cc, cache=self.cache), manifest),
             *options,
             *(["--threads", str(threads)] if threads else []),
         ]
