@@ -41,6 +41,9 @@ _EXP2 = (0.6931470036506653, 0.24022246897220612, 0.0555071122944355, 0.00967129
 """2^r = 1 + r·P(r) for |r| ≤ ½, a minimax fit, relative error 1.5e-7."""
 
 
+_Join = Callable[[Expr, Expr], Expr]
+
+
 @dataclass(frozen=True)
 class Operands:
     """What a task reads and writes; indices are those of the head.
@@ -234,8 +237,12 @@ class _Task:
             chosen.key_panels, buffers["keys"], rows, tiles,
             lambda t, r, d: buffers["queries"][(t * rows + r) * depth + d], score,
         )  # fmt: skip
-        with loop(tiles) as t, loop(rows) as r:
-            self._softmax(t * rows + r)
+        with loop(tiles) as t:
+            if rows > 1:
+                with loop(rows // 2) as pair:
+                    self._softmax(t * rows + pair * 2, 2)
+            if rows % 2:
+                self._softmax(t * rows + rows - 1, 1)
 
         def store(t: Expr, r: int, first: Expr, count: int, value: Callable[[Expr], Expr]) -> None:
             query = self._query(first_tile + t) + r
@@ -279,31 +286,44 @@ class _Task:
             score = self.operands.mask(score, query, known)
         return tirx.Select(lane < count, score, f32(float("-inf"))) if padded else score
 
-    def _softmax(self, i: Expr) -> None:
-        """Weights of one row, and what to multiply their sum of values with.
+    def _softmax(self, first: Expr, count: int) -> None:
+        """Weights of neighbouring rows, and what to multiply their sums of values with.
 
-        A row with nothing to attend to gives zeros, as in PyTorch. The maximum may miss NaN, which
-        the sum of the weights then finds.
+        Each vector depends on the one before; several rows keep the arithmetic units busy. A row
+        with nothing to attend to gives zeros, as in PyTorch. The maximum may miss NaN, which the
+        sum of the weights then finds.
         """
         chosen, scores = self.plan, self.buffers["scores"]
         block = chosen.key_panels.block
-        at, vectors = i * chosen.row, chosen.row // block
-        top = _filled(block, float("-inf"))
-        with loop(vectors) as v, loop(block, "vectorized") as lane:
-            T.buffer_store(top, _larger(top[lane], scores[at + v * block + lane]), [lane])
-        _halve(top, block, _larger)
-        nothing = top[0] == f32(float("-inf"))
-        base = T.alloc_buffer((1,), "float32", scope="local")
-        T.buffer_store(base, tirx.Select(nothing, f32(0.0), top[0]), [0])
-        total = _filled(block, 0.0)
-        with loop(vectors) as v, loop(block, "vectorized") as lane:
-            moved = scores[at + v * block + lane] - base[0]
+        rows = [first + n for n in range(count)]
+
+        def fold(start: float, join: _Join, element: Callable[[int, Expr], Expr]) -> list[Any]:
+            sums = [_filled(block, start) for _ in rows]
+            with loop(chosen.row // block) as v:
+                for n, acc in enumerate(sums):
+                    with loop(block, "vectorized") as lane:
+                        value = element(n, rows[n] * chosen.row + v * block + lane)
+                        T.buffer_store(acc, join(acc[lane], value), [lane])
+            for acc in sums:
+                _halve(acc, block, join)
+            return sums
+
+        tops = fold(float("-inf"), _larger, lambda n, place: scores[place])
+        nothing = [top[0] == f32(float("-inf")) for top in tops]
+        bases = [_filled(1, 0.0) for _ in rows]
+        for n, base in enumerate(bases):
+            T.buffer_store(base, tirx.Select(nothing[n], f32(0.0), tops[n][0]), [0])
+
+        def weigh(n: int, place: Expr) -> Expr:
+            moved = scores[place] - bases[n][0]
             weight = M.share(_exp2(moved * f32(_LOG2_E) if chosen.adds else moved))
-            T.buffer_store(scores, weight, [at + v * block + lane])
-            T.buffer_store(total, total[lane] + weight, [lane])
-        _halve(total, block, lambda a, b: a + b)
-        share = tirx.Select(nothing, f32(0.0), f32(1.0) / total[0])
-        T.buffer_store(self.buffers["shares"], share, [i])
+            T.buffer_store(scores, weight, [place])
+            return weight
+
+        totals = fold(0.0, lambda a, b: a + b, weigh)
+        for n, total in enumerate(totals):
+            share = tirx.Select(nothing[n], f32(0.0), f32(1.0) / total[0])
+            T.buffer_store(self.buffers["shares"], share, [rows[n]])
 
 
 def _larger(a: Expr, b: Expr) -> Expr:
@@ -317,7 +337,7 @@ def _filled(lanes: int, value: float) -> Any:
     return acc
 
 
-def _halve(acc: Any, lanes: int, join: Callable[[Expr, Expr], Expr]) -> None:
+def _halve(acc: Any, lanes: int, join: _Join) -> None:
     """Fold a local buffer into its first element, by halves."""
     while lanes > 1:
         lanes //= 2
