@@ -33,6 +33,9 @@ def assign_layouts(gm: fx.GraphModule, block: int) -> dict[fx.Node, str]:
             continue
         if same_bytes(G.shape(node), wanted, G.shape(node), PLAIN) and node not in returned:
             continue
+        if node not in returned and _is_depthwise(node):
+            # Only blocks have a fast kernel; whoever wants it plain moves less than that saves.
+            continue
         if node in returned or not any(_likes_blocks(user, layouts, wanted) for user in node.users):
             layouts[node] = PLAIN
     return layouts
@@ -44,6 +47,13 @@ def _likes_blocks(user: fx.Node, layouts: dict[fx.Node, str], wanted: str) -> bo
         return False
     folds = OPS[user.target].kind is Kind.REDUCTION or OPS[user.target].name == "convolution"
     return folds or layouts[user] == wanted
+
+
+def _is_depthwise(node: fx.Node) -> bool:
+    if OPS[node.target].name != "convolution":
+        return False
+    call = Call(node)
+    return call["groups"] > 1 and call.shape_of("weight")[1] == 1 and not call["transposed"]
 
 
 def _keeps_blocks(node: fx.Node, layouts: dict[fx.Node, str], wanted: str, block: int) -> bool:
