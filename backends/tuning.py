@@ -143,12 +143,13 @@ class TuningDatabase:
         stage = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            stage.write_text(text, encoding="utf-8")
-            stage.replace(path)
+            try:
+                stage.write_text(text, encoding="utf-8")
+                stage.replace(path)
+            finally:
+                stage.unlink(missing_ok=True)
         except OSError as error:
             raise TuningError(f"cannot write {path}: {error.strerror}") from error
-        finally:
-            stage.unlink(missing_ok=True)
 
 
 def _parse(text: str, name: str) -> dict[str, Entry]:
