@@ -9,12 +9,13 @@ from graphopt.backends.kernels.linear import lower_linear
 from graphopt.backends.kernels.matmul import lower_attention, lower_matmul
 from graphopt.backends.kernels.pool import lower_pool
 from graphopt.backends.kernels.rows import lower_layer_norm, lower_softmax
+from graphopt.backends.kernels.transposed import lower_transposed
 
 GENERATOR_VERSION = 1
 """To be raised when kernels get faster or slower: what was tuned before then no longer counts."""
 
 GENERATORS: dict[str, tuple[Generator, ...]] = {
-    "convolution": (lower_depthwise, lower_products, lower_fold),
+    "convolution": (lower_depthwise, lower_products, lower_transposed, lower_fold),
     "linear": (lower_linear,),
     "matmul": (lower_linear, lower_matmul),
     "softmax": (lower_softmax,),

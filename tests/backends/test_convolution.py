@@ -111,7 +111,33 @@ def test_transposed(
         [dilation] * 2, True, [output_padding] * 2, groups,
     )  # fmt: skip
     b.returns(b.op(aten.relu.default, y), b.conv(y, 3, (1, 1)))
-    check(b)
+    program = check(b, tolerance=4e-6)
+    assert origins(program)[1] == ("transposed" if dilation == 1 else "conv_fold")
+
+
+@settings(max_examples=6, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@given(
+    st.tuples(st.integers(1, 6), st.integers(1, 7)), st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    st.tuples(st.integers(1, 3), st.integers(1, 4)), st.integers(0, 3), st.integers(0, 2),
+    st.sampled_from([(8, 16, 1), (5, 7, 1), (16, 16, 2), (6, 9, 3)]), st.integers(1, 2),
+)  # fmt: skip
+def test_any_transposed(
+    size: tuple[int, int], kernel: tuple[int, int], stride: tuple[int, int], padding: int,
+    output_padding: int, channels: tuple[int, int, int], batch: int,
+) -> None:  # fmt: skip
+    """Kernels smaller than the stride, paddings as large as the kernel, groups."""
+    inside, out, groups = channels
+    extra = [min(output_padding, s - 1) for s in stride]
+    sizes = zip(size, kernel, stride, extra, strict=True)
+    pads = [min(padding, ((n - 1) * s + k + e - 1) // 2) for n, k, s, e in sizes]
+    b = Builder(3)
+    x = b.conv(b.input(b.random(batch, 3, *size)), inside, (1, 1))
+    weight = b.constant(b.random(inside, out // groups, *kernel) / 5)
+    y = b.op(
+        aten.convolution.default, x, weight, None, list(stride), pads, [1, 1], True, extra, groups
+    )
+    b.returns(b.conv(b.op(aten.relu.default, y), 3, (1, 1)))
+    check(b, tolerance=4e-6)
 
 
 def test_three_dimensions() -> None:

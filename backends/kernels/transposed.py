@@ -1,0 +1,175 @@
+"""Transposed convolution as one direct convolution for each phase of the output.
+
+With stride s, output rows q·s + r for one r see only the kernel rows that are congruent to r + padding
+modulo s: seen alone, they are a convolution with stride 1 by a part of the kernel, turned round
+(Dumoulin and Visin, "A guide to convolution arithmetic for deep learning", 2016). The phases write
+to interleaved places; their tasks follow one another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import fx
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from graphopt.backends.kernels import conv_direct
+from graphopt.backends.kernels.base import KernelSource, Request, same_place
+from graphopt.backends.kernels.builder import View
+from graphopt.backends.kernels.conv import epilogue_store
+from graphopt.backends.kernels.conv_direct import Accessors, ConvPlan, ConvSpec
+from graphopt.backends.kernels.fusion import Group
+from graphopt.ops.opdef import Call, Expr
+from graphopt.program.layout import block_of
+
+_MOST_PHASES = 16
+"""Each has code of its own."""
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """One axis of one phase.
+
+    Attributes:
+        phase: the outputs are `place · stride + phase`.
+        taps: the kernel's places, in the order in which they meet the input.
+        padding: how far the first tap of output 0 is before the input; negative is behind its start.
+        size: outputs.
+    """
+
+    phase: int
+    taps: tuple[int, ...]
+    padding: int
+    size: int
+
+
+def _axes(kernel: int, stride: int, padding: int, out: int) -> list[_Axis] | None:
+    """The phases of an axis; None where one of them would see no tap at all."""
+    phases = []
+    for phase in range(min(stride, out)):
+        first = (phase + padding) % stride
+        taps = tuple(range(first, kernel, stride))[::-1]
+        if not taps:
+            return None
+        # Tap k of output q·s + phase meets input q + (phase + padding - k) / s.
+        start = (phase + padding - taps[0]) // stride
+        phases.append(_Axis(phase, taps, -start, -(-(out - phase) // stride)))
+    return phases
+
+
+@dataclass(frozen=True)
+class _Phase:
+    """A phase of both axes, its plan, and where its tasks and weights begin."""
+
+    rows: _Axis
+    columns: _Axis
+    plan: ConvPlan
+    first_task: int
+    first_weight: int
+
+
+def lower_transposed(request: Request) -> KernelSource | None:
+    """Transposed 2-D convolution without dilation; the fold does the rest."""
+    call = request.call
+    weight = request.constant(call["weight"])
+    if not call["transposed"] or len(call.shape) != 4 or weight is None:
+        return None
+    stride, padding, dilation = (_two(call[n]) for n in ("stride", "padding", "dilation"))
+    axes = [_axes(*sizes) for sizes in zip(weight.shape[2:], stride, padding, call.shape[2:],
+                                           strict=True)]  # fmt: skip
+    if dilation != (1, 1) or any(axis is None for axis in axes):
+        return None
+    pairs = list(product(*(axis or [] for axis in axes)))
+    if len(pairs) > _MOST_PHASES:
+        return None
+    phases, packed = _plan(request, call, weight, pairs)
+    source: fx.Node = call["input"]
+    block = block_of(request.spec(request.root).layout)
+    groups = int(call["groups"])
+    in_blocks = block is not None and (groups == 1 or (call.shape[1] // groups) % block == 0)
+
+    def emit(
+        task: Expr, views: dict[fx.Node, View], constants: list[Any], out: View, group: Group,
+        scratch: Any,
+    ) -> None:  # fmt: skip
+        x = views[source]
+
+        def one(phase: _Phase) -> None:
+            def place(n: Expr, c: Expr, h: Expr, w: Expr) -> tuple[Expr, ...]:
+                row, column = h * stride[0] + phase.rows.phase, w * stride[1] + phase.columns.phase
+                return (n, c, row, column)
+
+            access = Accessors(
+                x=lambda n, c, h, w: x.load((n, c, h, w)),
+                store=epilogue_store(request, group, out, place),
+                vector=in_blocks,
+                padded=in_blocks and groups == 1,
+                heavy=request.heavy_epilogue,
+            )
+            weights = T.decl_buffer(
+                (packed.size - phase.first_weight,), "float32", data=constants[0].data,
+                elem_offset=phase.first_weight,
+            )  # fmt: skip
+            # Never negative; said so that divisions stay plain ones.
+            number = tirx.max(task - phase.first_task, 0)
+            conv_direct.emit(phase.plan, number, weights, access)
+
+        _branch(task, phases, one)
+
+    tasks = phases[-1].first_task + phases[-1].plan.tasks
+    flops = sum(phase.plan.spec.flops for phase in phases)
+    reads = request.reads_without(call["weight"])
+    origin = phases[0].plan.describe().replace("conv_direct", "transposed")
+    return KernelSource(origin, tasks, flops, emit, reads, (packed,),
+                        in_place=same_place(request, taken=[source]))  # fmt: skip
+
+
+def _two(values: Any) -> tuple[int, int]:
+    values = [int(v) for v in values]
+    return values[0], values[-1]
+
+
+def _plan(
+    request: Request, call: Call, weight: npt.NDArray[Any], pairs: list[tuple[_Axis, _Axis]]
+) -> tuple[list[_Phase], npt.NDArray[np.float32]]:
+    """Plan each phase as a convolution with stride 1, and pack its part of the weights."""
+    groups = int(call["groups"])
+    n, channels, *size = call.shape_of("input")
+    icg, ocg = channels // groups, weight.shape[1]
+    # (groups · icg, ocg, KH, KW) → (groups · ocg, icg, KH, KW)
+    grouped = weight.reshape(groups, icg, ocg, *weight.shape[2:])
+    turned = np.moveaxis(grouped, 1, 2).reshape(groups * ocg, icg, *weight.shape[2:])
+    phases: list[_Phase] = []
+    packed: list[npt.NDArray[np.float32]] = []
+    tasks = weights = 0
+    target = request.target
+    for rows, columns in pairs:
+        spec = ConvSpec(
+            n, groups, icg, ocg, (size[0], size[1]), (rows.size, columns.size),
+            (len(rows.taps), len(columns.taps)), padding=(rows.padding, columns.padding),
+        )  # fmt: skip
+        plan = conv_direct.plan(spec, target.isa, target.l2_bytes)
+        phases.append(_Phase(rows, columns, plan, tasks, weights))
+        part = turned[:, :, list(rows.taps)][..., list(columns.taps)]
+        packed.append(conv_direct.pack_weights(part, plan))
+        tasks += plan.tasks
+        weights += packed[-1].size
+    return phases, np.concatenate(packed)
+
+
+def _branch(task: Expr, phases: list[_Phase], one: Any) -> None:
+    """Emit the phase that the task belongs to."""
+    phase, rest = phases[0], phases[1:]
+    if not rest:
+        one(phase)
+        return
+    with T.If(task < rest[0].first_task):
+        with T.Then():
+            one(phase)
+        with T.Else():
+            _branch(task, rest, one)
