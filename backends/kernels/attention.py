@@ -22,7 +22,15 @@ from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.isa.base import Isa
 from graphopt.backends.kernels.builder import each, f32, loop
-from graphopt.backends.kernels.product import Panels, choose_rows, emit_product, transpose
+from graphopt.backends.kernels.product import (
+    Panels,
+    Right,
+    choose_rows,
+    emit_product,
+    span,
+    tile_row,
+    transpose,
+)
 from graphopt.backends.kernels.tiling import LINE, Split, split
 from graphopt.ops import math as M
 from graphopt.ops.opdef import Expr
@@ -143,12 +151,7 @@ class _Task:
 
     def __init__(self, chosen: AttentionPlan, part: Expr, operands: Operands, scratch: Any) -> None:
         self.plan, self.operands = chosen, operands
-        parts = chosen.parts
-        self.first_tile = part * parts.size
-        self.tiles: Expr = parts.size
-        if parts.large < parts.count:
-            self.first_tile = part * parts.size - tirx.max(0, part - parts.large)
-            self.tiles = parts.size - (part >= parts.large).astype("int32")
+        self.first_tile, self.tiles = span(chosen.parts, part)
         ends = list(chosen.places.values())[1:]
         self.buffers = {
             name: T.decl_buffer((end - start,), "float32", data=scratch, elem_offset=start)
@@ -234,7 +237,7 @@ class _Task:
                 T.buffer_store(buffers["scores"], masked, [(t * rows + r) * row + first + lane])
 
         emit_product(
-            chosen.key_panels, buffers["keys"], rows, tiles,
+            chosen.key_panels, self._panels("keys", chosen.key_panels), rows, tiles,
             lambda t, r, d: buffers["queries"][(t * rows + r) * depth + d], score,
         )  # fmt: skip
         with loop(tiles) as t:
@@ -251,17 +254,15 @@ class _Task:
                 self.operands.store(query, first + lane, mean)
 
         emit_product(
-            chosen.value_panels, buffers["values"], rows, tiles,
+            chosen.value_panels, self._panels("values", chosen.value_panels), rows, tiles,
             lambda t, r, j: buffers["scores"][(t * rows + r) * row + j], store,
         )  # fmt: skip
 
+    def _panels(self, name: str, panels: Panels) -> Right:
+        return lambda panel, k, column: self.buffers[name][panels.inside(panel, k, column)]
+
     def _query(self, tile: Expr) -> Expr:
-        """First query of a tile; the last tile is moved back to end with the queries."""
-        chosen = self.plan
-        first = tile * chosen.rows
-        if chosen.queries % chosen.rows:
-            return tirx.min(first, chosen.queries - chosen.rows)
-        return first
+        return tile_row(tile, self.plan.rows, self.plan.queries)
 
     def _pack_queries(self, first_tile: Expr, tiles: Expr) -> None:
         """Copy the band's queries, times the scale."""

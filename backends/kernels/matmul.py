@@ -1,17 +1,13 @@
 """Products of computed matrices: batched `matmul` and scaled dot-product attention.
 
-Both keep a register tile of the result, some rows by some vectors of columns, broadcast the left
-operand and read the right one along its rows. Attention works on one head and a band of queries at
-a time: the keys are transposed into scratch, then scores, softmax and the sum over the values run
-on scores that never leave the cache (the blocking of Dao et al., "FlashAttention", 2022, without
-its rescaling: a row of scores fits).
+A task of `matmul` multiplies a band of rows by all columns, in the register tiles of `product.py`.
+What a task of attention does is in `attention.py`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from math import prod
+from math import gcd, prod, sqrt
 from typing import Any
 
 import torch
@@ -20,83 +16,21 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from graphopt import graph as G
-from graphopt.backends.isa.base import Isa
 from graphopt.backends.kernels import attention
 from graphopt.backends.kernels.base import KernelSource, Request
-from graphopt.backends.kernels.builder import View, f32, loop, unflatten
+from graphopt.backends.kernels.builder import View, each, f32, loop, unflatten
 from graphopt.backends.kernels.fusion import Group
-from graphopt.backends.kernels.tiling import Split, choose_tile, split
+from graphopt.backends.kernels.product import Panels, choose_rows, emit_product, span, tile_row
+from graphopt.backends.kernels.tiling import LINE, split
 from graphopt.ops import OPS
 from graphopt.ops.opdef import Call, Expr, broadcast_index
 
 _BAND = 32
 """Rows of the left operand in one task."""
-
-
-def emit_product(
-    rows: int,
-    columns: int,
-    depth: int,
-    left: Callable[[Expr, Expr], Expr],
-    right: Callable[[Expr, Expr], Expr],
-    store: Callable[[Expr, Expr, Expr], None],
-    isa: Isa,
-) -> None:
-    """Emit `store(i, j, Σ_k left(i, k) · right(k, j))` over `rows` by `columns`.
-
-    `right` and `store` should be contiguous in `j`. All three take indices of any form.
-    """
-    block = isa.block
-    blocks, ragged = divmod(columns, block)
-    tile = choose_tile(max(1, blocks), rows, isa, block)
-    cut = split(rows, tile.pixels)
-
-    def columns_of(first: Expr, vectors: int, lanes: int) -> None:
-        for size, start, count in _pieces(cut.size, cut.large, cut.count):
-            with loop(count) as i:
-                _product_tile(start + i * size, size, first, vectors, lanes, depth,
-                              left, right, store)  # fmt: skip
-
-    full, extra = divmod(blocks, tile.vectors)
-    if full:
-        with loop(full) as j:
-            columns_of(j * (tile.vectors * block), tile.vectors, block)
-    if extra:
-        columns_of(tirx.const(full * tile.vectors * block, "int32"), extra, block)
-    if ragged:
-        columns_of(tirx.const(blocks * block, "int32"), 1, ragged)
-
-
-def _pieces(size: int, large: int, count: int) -> list[tuple[int, int, int]]:
-    """(piece size, first row, number of pieces) of an even split."""
-    pieces = [(size, 0, large)]
-    if count > large:
-        pieces.append((size - 1, large * size, count - large))
-    return pieces
-
-
-def _product_tile(
-    row: Expr, rows: int, column: Expr, vectors: int, lanes: int, depth: int,
-    left: Callable[[Expr, Expr], Expr], right: Callable[[Expr, Expr], Expr],
-    store: Callable[[Expr, Expr, Expr], None],
-) -> None:  # fmt: skip
-    acc = T.alloc_buffer((rows * vectors * lanes,), "float32", scope="local")
-    for slot in range(rows * vectors):
-        with loop(lanes, "vectorized") as lane:
-            T.buffer_store(acc, f32(0.0), [slot * lanes + lane])
-    with loop(depth) as k:
-        for r in range(rows):
-            x = left(row + r, k)
-            for v in range(vectors):
-                with loop(lanes, "vectorized") as lane:
-                    slot = (r * vectors + v) * lanes + lane
-                    y = right(k, column + v * lanes + lane)
-                    T.buffer_store(acc, acc[slot] + x * y, [slot])
-    for r in range(rows):
-        for v in range(vectors):
-            with loop(lanes, "vectorized") as lane:
-                slot = (r * vectors + v) * lanes + lane
-                store(row + r, column + v * lanes + lane, acc[slot])
+_PACKED_BAND = 128
+"""The same where each task copies the right operand."""
+_WAYS = 8
+"""Lines of a first-level cache that share a set."""
 
 
 def lower_matmul(request: Request) -> KernelSource | None:
@@ -113,7 +47,10 @@ def lower_matmul(request: Request) -> KernelSource | None:
     n = 1 if column_vector else b_shape[-1]
     lead = call.shape[: len(call.shape) - (not row_vector) - (not column_vector)]
     isa = request.target.isa
-    bands = split(m, min(m, _BAND))
+    rows, (vectors,) = choose_rows(m, [(-(-n // isa.block), depth)], isa)
+    panels = Panels(depth, n, isa.block, vectors)
+    packs = m >= _BAND and _thrashes(panels, request.target.l1_bytes)
+    bands = split(-(-m // rows), max(3, (_PACKED_BAND if packs else _BAND) // rows))
 
     def emit(
         task: Expr, views: dict[fx.Node, View], constants: list[Any], out: View, group: Group,
@@ -122,37 +59,52 @@ def lower_matmul(request: Request) -> KernelSource | None:
         *batch, number = unflatten(task, [*lead, bands.count])
         a_batch = broadcast_index(tuple(batch), a_shape[:-2])
         b_batch = broadcast_index(tuple(batch), b_shape[:-2])
+        first_tile, tiles = span(bands, number)
+        packed = T.decl_buffer((panels.panel_size,), "float32", data=scratch) if packs else None
 
-        def band(first: Expr, rows: int) -> None:
-            def store(i: Expr, j: Expr, value: Expr) -> None:
-                row, column = () if row_vector else (first + i,), () if column_vector else (j,)
-                index = (*batch, *row, *column)
-                group.give(request.anchor, lambda _: value)
+        def left(t: Expr, r: int, k: Expr) -> Expr:
+            i = tile_row(first_tile + t, rows, m) + r
+            return group.read(a, (k,) if row_vector else (*a_batch, i, k))
+
+        def read(panel: Expr, k: Expr, column: Expr) -> Expr:
+            j = panel * panels.width + column
+            return group.read(b, (k,) if column_vector else (*b_batch, k, j))
+
+        def pack(panel: Expr, columns: int) -> None:
+            def copy(k: Expr, column: Expr) -> None:
+                place = panels.inside(0, k, column)
+                T.buffer_store(packed, read(panel, k, column), [place])
+
+            with loop(depth) as k:
+                each(columns, isa.block, lambda column: copy(k, column))
+
+        def store(t: Expr, r: int, first: Expr, count: int, value: Callable[[Expr], Expr]) -> None:
+            i = tile_row(first_tile + t, rows, m) + r
+            with loop(count, "vectorized") as lane:
+                column = () if column_vector else (first + lane,)
+                index = (*batch, *(() if row_vector else (i,)), *column)
+                group.give(request.anchor, lambda _: value(lane))
                 out.store(index, group.read(request.root, index))
 
-            emit_product(
-                rows, n, depth,
-                lambda i, k: group.read(a, (k,) if row_vector else (*a_batch, first + i, k)),
-                lambda k, j: group.read(b, (k,) if column_vector else (*b_batch, k, j)),
-                store, isa,
-            )  # fmt: skip
-
-        _each_band(bands, number, band)
+        if packs:
+            emit_product(panels, lambda _, k, column: packed[panels.inside(0, k, column)],
+                         rows, tiles, left, store, padded=False, before=pack)  # fmt: skip
+        else:
+            emit_product(panels, read, rows, tiles, left, store, padded=False)
 
     flops = 2 * prod(lead) * m * n * depth
-    return KernelSource("matmul", prod(lead) * bands.count, flops, emit, request.reads)
+    scratch = panels.panel_size * 4 if packs else 0
+    return KernelSource("matmul", prod(lead) * bands.count, flops, emit, request.reads,
+                        scratch=scratch)  # fmt: skip
 
 
-def _each_band(bands: Split, number: Expr, body: Callable[[Expr, int], None]) -> None:
-    """Emit `body(first row, rows)` for the band of this number; bands have at most two sizes."""
-    if bands.large == bands.count:
-        body(number * bands.size, bands.size)
-        return
-    with T.If(number < bands.large):
-        with T.Then():
-            body(number * bands.size, bands.size)
-        with T.Else():
-            body(number * (bands.size - 1) + bands.large, bands.size - 1)
+def _thrashes(panels: Panels, l1_bytes: int) -> bool:
+    """Whether a panel cannot stay in the first-level cache as it lies: the starts of its rows fall
+    into few of the cache's sets."""
+    sets = l1_bytes // (_WAYS * LINE * 4)
+    lines = -(-panels.width // LINE)
+    apart = gcd(panels.columns // LINE, sets) if panels.columns % LINE == 0 else 1
+    return panels.depth * lines > _WAYS * min(sets, sets // apart * lines)
 
 
 def lower_attention(request: Request) -> KernelSource | None:
@@ -163,7 +115,7 @@ def lower_attention(request: Request) -> KernelSource | None:
     lead = shape[:-2]
     queries, keys = G.shape(q)[-2], G.shape(k)[-2]
     depth, width = G.shape(q)[-1], G.shape(v)[-1]
-    scale = call["scale"] if call["scale"] is not None else 1.0 / math.sqrt(depth)
+    scale = call["scale"] if call["scale"] is not None else 1.0 / sqrt(depth)
     chosen = attention.plan(
         prod(lead), queries, keys, depth, width, float(scale), _adds(call),
         request.target.isa, request.target.l2_bytes,

@@ -1,7 +1,7 @@
-"""Products whose operands lie in scratch: the right one in panels, one register tile wide each.
+"""Register tiles of a matrix product, and panels: the right operand as such tiles read it.
 
 A tile keeps some rows by some vectors of columns in registers, broadcasts the left operand's
-elements and reads the panel front to back (Goto and van de Geijn, "Anatomy of High-Performance
+elements and reads a panel front to back (Goto and van de Geijn, "Anatomy of High-Performance
 Matrix Multiplication", 2008).
 """
 
@@ -16,12 +16,18 @@ from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.isa.base import Isa
 from graphopt.backends.kernels.builder import f32, loop
-from graphopt.backends.kernels.tiling import fits, step_time
+from graphopt.backends.kernels.tiling import Split, fits, step_time
 from graphopt.ops.opdef import Expr
 
 _UNROLLED = 4
 _MOST_VECTORS = 8
 _MOST_ROWS = 12
+
+Left = Callable[[Expr, int, Expr], Expr]
+"""`left(t, r, k)` is the element of row `r` of tile `t` at depth `k`."""
+
+Right = Callable[[Expr, Expr, Expr], Expr]
+"""`right(panel, k, column)` is the element at depth `k` of a panel's column."""
 
 Store = Callable[[Expr, int, Expr, int, Callable[[Expr], Expr]], None]
 """`store(t, r, column, count, value)` stores the first `count` lanes of a vector of results."""
@@ -47,12 +53,20 @@ class Panels:
     @property
     def size(self) -> int:
         """Floats in all."""
-        return -(-self.columns // self.width) * self.depth * self.width
+        return -(-self.columns // self.width) * self.panel_size
+
+    @property
+    def panel_size(self) -> int:
+        """Floats of a panel."""
+        return self.depth * self.width
 
     def place(self, k: Expr, column: Expr, lane: Expr = 0) -> Expr:
         """Where the element of row `k` and column `column + lane` is; both in one panel."""
-        panel, inside = column // self.width, column % self.width
-        return (panel * self.depth + k) * self.width + inside + lane
+        return self.inside(column // self.width, k, column % self.width + lane)
+
+    def inside(self, panel: Expr, k: Expr, column: Expr) -> Expr:
+        """Where the element of row `k` and a column of this panel is."""
+        return (panel * self.depth + k) * self.width + column
 
 
 def choose_rows(rows: int, products: Sequence[tuple[int, int]], isa: Isa) -> tuple[int, list[int]]:
@@ -88,23 +102,51 @@ def _vectors(rows: int, blocks: int, isa: Isa) -> tuple[float, int] | None:
     return min(times, default=None)
 
 
+def span(cut: Split, number: Expr) -> tuple[Expr, Expr]:
+    """(first item, items) of the piece of this number."""
+    if cut.large == cut.count:
+        return number * cut.size, tirx.const(cut.size, "int32")
+    first = number * cut.size - tirx.max(0, number - cut.large)
+    return first, cut.size - (number >= cut.large).astype("int32")
+
+
+def tile_row(tile: Expr, size: int, rows: int) -> Expr:
+    """First row of a tile of `size` rows; the last tile is moved back to end with the rows."""
+    return tirx.min(tile * size, rows - size) if rows % size else tile * size
+
+
 def emit_product(
     panels: Panels,
-    right: Any,
+    right: Right,
     rows: int,
     tiles: Expr,
-    left: Callable[[Expr, int, Expr], Expr],
+    left: Left,
     store: Store,
+    *,
+    padded: bool = True,
+    before: Callable[[Expr, int], None] | None = None,
 ) -> None:
-    """Emit the product of `left(t, r, k)`, row `r` of tile `t`, and the panels in `right`.
+    """Emit the product of a left operand, `tiles` tiles of `rows` rows, and one in panels.
 
     A panel stays in the first-level cache while all tiles pass it.
+
+    Args:
+        panels: the shape of the right operand.
+        right: its elements.
+        rows: rows of a tile.
+        tiles: how many tiles.
+        left: the elements of the left operand.
+        store: takes the results.
+        padded: whether `right` may be asked for the columns that complete the last vector.
+        before: `before(panel, columns)` is emitted where the tiles turn to another panel.
     """
     full, rest = divmod(panels.columns, panels.width)
 
     def one_panel(number: Expr, columns: int) -> None:
+        if before is not None:
+            before(number, columns)
         with loop(tiles) as t:
-            _tile(panels, right, number, columns, t, rows, left, store)
+            _tile(panels, right, number, columns, t, rows, left, store, padded)
 
     if full:
         with loop(full) as number:
@@ -114,37 +156,49 @@ def emit_product(
 
 
 def _tile(
-    panels: Panels, right: Any, number: Expr, columns: int, t: Expr, rows: int,
-    left: Callable[[Expr, int, Expr], Expr], store: Store,
+    panels: Panels, right: Right, number: Expr, columns: int, t: Expr, rows: int, left: Left,
+    store: Store, padded: bool,
 ) -> None:  # fmt: skip
     block = panels.block
-    vectors = -(-columns // block)
-    acc = T.alloc_buffer((rows * vectors * block,), "float32", scope="local")
-    for slot in range(rows * vectors):
-        with loop(block, "vectorized") as lane:
-            T.buffer_store(acc, f32(0.0), [slot * block + lane])
+    starts = range(0, columns, block)
+    counts = [min(block, columns - start) for start in starts]
+    lanes = [block if padded else count for count in counts]
+    acc = T.alloc_buffer((rows * len(starts) * block,), "float32", scope="local")
+
+    def each_vector(body: Callable[[int, int, int, int], None]) -> None:
+        for r in range(rows):
+            for v, start in enumerate(starts):
+                body(r, v, start, (r * len(starts) + v) * block)
+
+    def clear(r: int, v: int, start: int, slot: int) -> None:
+        with loop(lanes[v], "vectorized") as lane:
+            T.buffer_store(acc, f32(0.0), [slot + lane])
 
     def step(k: Expr) -> None:
-        at = (number * panels.depth + k) * panels.width
-        for r in range(rows):
-            x = left(t, r, k)
-            for v in range(vectors):
-                with loop(block, "vectorized") as lane:
-                    slot = (r * vectors + v) * block + lane
-                    T.buffer_store(acc, acc[slot] + x * right[at + v * block + lane], [slot])
+        x = [left(t, r, k) for r in range(rows)]
 
-    turns, more = divmod(panels.depth, _UNROLLED)
+        def multiply(r: int, v: int, start: int, slot: int) -> None:
+            with loop(lanes[v], "vectorized") as lane:
+                value = acc[slot + lane] + x[r] * right(number, k, start + lane)
+                T.buffer_store(acc, value, [slot + lane])
+
+        each_vector(multiply)
+
+    each_vector(clear)
+    # A single row waits for memory, which comes faster when it is asked for in one place at a time.
+    unrolled = _UNROLLED if rows > 1 else 1
+    turns, more = divmod(panels.depth, unrolled)
     if turns:
         with loop(turns) as turn:
-            for c in range(_UNROLLED):
-                step(turn * _UNROLLED + c)
+            for c in range(unrolled):
+                step(turn * unrolled + c)
     for c in range(more):
-        step(tirx.const(turns * _UNROLLED + c, "int32"))
-    for r in range(rows):
-        for v in range(vectors):
-            slot = (r * vectors + v) * block
-            column = number * panels.width + v * block
-            store(t, r, column, min(block, columns - v * block), lambda i, at=slot: acc[at + i])
+        step(tirx.const(turns * unrolled + c, "int32"))
+    each_vector(
+        lambda r, v, start, slot: store(
+            t, r, number * panels.width + start, counts[v], lambda lane: acc[slot + lane]
+        )
+    )
 
 
 def transpose(tile: Any, lanes: int) -> None:

@@ -83,3 +83,58 @@ def test_threads_and_other_instruction_sets(target: str, threads: int) -> None:
     b = Builder(6)
     b.returns(attend(b, (2, 3, 65, 24), (2, 3, 47, 24)), attend(b, (1, 1, 3, 8), (1, 1, 3, 8)))
     check(b, target=target, threads=threads)
+
+
+def test_one_head_is_several_tasks() -> None:
+    """Every task packs the keys and values for itself."""
+    b = Builder(7)
+    keep = torch.rand(131, 45, generator=b.generator) > 0.3
+    b.returns(attend(b, (1, 1, 131, 12), (1, 1, 45, 12), keep))
+    program = check(b, threads=3)
+    assert program.steps[0].tasks > 3
+
+
+def test_many_keys_go_through_in_small_bands() -> None:
+    b = Builder(8)
+    b.returns(attend(b, (1, 2, 50, 4), (1, 2, 5003, 4), width=3))
+    program = check(b)
+    # Packed operands and less than half of a second-level cache of scores.
+    assert program.scratch < 5008 * (4 + 16) * 4 + 256 * 1024
+
+
+def test_heads_that_lie_between_each_other() -> None:
+    """One matrix of queries, keys and values of all heads, as transformers compute it."""
+    b = Builder(9)
+    qkv = b.input(b.random(2, 21, 3 * 4 * 10))
+    parts = []
+    for first in (0, 40, 80):
+        part = b.op(aten.slice.Tensor, qkv, 2, first, first + 40)
+        part = b.op(aten.reshape.default, part, [2, 21, 4, 10])
+        parts.append(b.op(aten.permute.default, part, [0, 2, 1, 3]))
+    b.returns(b.op(aten.scaled_dot_product_attention.default, *parts))
+    check(b)
+
+
+def test_scores_of_any_size() -> None:
+    """Scales of both signs, scores far apart, and masks of the lowest float instead of -inf."""
+    b = Builder(10)
+    shape = (1, 2, 13, 8)
+    for scale in (-0.4, 30.0, 0.0):
+        b.returns(attend(b, shape, shape, scale=scale))
+    lowest = torch.full((13, 13), torch.finfo(torch.float32).min).triu(1)
+    lowest[5] = torch.finfo(torch.float32).min
+    b.returns(attend(b, shape, shape, lowest))
+    # exp(100) is no float32, and a score of 300 has steps of 3e-5.
+    check(b, tolerance=2e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_nan_stays_in_its_row(masked: bool) -> None:
+    b = Builder(11)
+    q = b.random(1, 1, 9, 8)
+    q[0, 0, 4, 3] = torch.nan
+    k, v = b.input(b.random(1, 1, 11, 8)), b.input(b.random(1, 1, 11, 8))
+    mask = b.input(torch.randn(9, 11, generator=b.generator)) if masked else None
+    y = b.op(aten.scaled_dot_product_attention.default, b.input(q), k, v, mask)
+    b.returns(b.op(aten.isnan.default, y))
+    check(b)

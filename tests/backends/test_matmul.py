@@ -82,3 +82,17 @@ def test_infinities_stay_where_they_are() -> None:
     y = b.op(aten.matmul.default, b.input(x), b.input(b.random(9, 10).abs() + 1))
     b.returns(b.op(aten.isinf.default, y))
     check(b)
+
+
+@pytest.mark.parametrize(("rows", "columns", "depth"), [(40, 521, 600), (131, 512, 48)])
+def test_a_right_operand_the_cache_cannot_hold_as_it_lies(
+    rows: int, columns: int, depth: int
+) -> None:
+    """Its panels are copied to scratch memory, one after the other."""
+    b = Builder(6)
+    y = b.op(aten.matmul.default, b.input(b.random(2, rows, depth)),
+             b.input(b.random(2, depth, columns)))  # fmt: skip
+    b.returns(b.op(aten.relu.default, y))
+    # Sums of 600 products of both signs.
+    program = check(b, threads=2, tolerance=4e-6)
+    assert program.scratch > 0
