@@ -60,7 +60,9 @@ def lower_matmul(request: Request) -> KernelSource | None:
         a_batch = broadcast_index(tuple(batch), a_shape[:-2])
         b_batch = broadcast_index(tuple(batch), b_shape[:-2])
         first_tile, tiles = span(bands, number)
-        packed = T.decl_buffer((panels.panel_size,), "float32", data=scratch) if packs else None
+        packed: Any = (
+            T.decl_buffer((panels.panel_size,), "float32", data=scratch) if packs else None
+        )
 
         def left(t: Expr, r: int, k: Expr) -> Expr:
             i = tile_row(first_tile + t, rows, m) + r

@@ -79,13 +79,13 @@ def lower_softmax(request: Request) -> KernelSource | None:
 
         top = fold(row, width, "max", x)
         # Differences of -inf are NaN: a row with nothing in it is NaN in PyTorch, too.
-        total = fold(row, width, "sum", lambda i: M.exp(x(i) - top[0]))
+        total = fold(row, width, "sum", lambda i: M.exp_nonpositive(x(i) - top[0]))
         factor = T.alloc_buffer((1,), "float32", scope="local")
         T.buffer_store(factor, M.log_natural(total[0]) if log else f32(1.0) / total[0], [0])
 
         def one(i: Expr) -> None:
             moved = x(i) - top[0]
-            value = moved - factor[0] if log else M.exp(moved) * factor[0]
+            value = moved - factor[0] if log else M.exp_nonpositive(moved) * factor[0]
             group.give(request.anchor, lambda _: value)
             out.store(at(i), group.read(request.root, at(i)))
 
