@@ -190,7 +190,7 @@ def _winograd(
             store=epilogue_store(request, group, out, lambda n, c, h, w: (n, c, h, w)),
             vector=True,
             padded=True,
-            heavy=True,
+            heavy=request.heavy_epilogue,
         )
         winograd.emit(plan, task, constants[0], scratch, access)
 

@@ -1,7 +1,7 @@
 """Max and average pooling of blocked images: windows of several pixels at a time.
 
-As in `depthwise`, a task computes some rows of one block of channels, pixels whose windows reach over
-the left or right border have code of their own, and the pixels of a tile have accumulators of their
+As in `depthwise`, a task computes some rows of one block of channels, pixels whose windows reach
+over the left or right border have code of their own, and the pixels of a tile have accumulators of their
 own, whose folds do not wait for one another.
 """
 

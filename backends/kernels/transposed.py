@@ -1,6 +1,6 @@
 """Transposed convolution as one direct convolution for each phase of the output.
 
-With stride s, output rows q·s + r for one r see only the kernel rows that are congruent to r + padding
+With stride s, output rows q·s + r for one r see only the kernel rows congruent to r + padding
 modulo s: seen alone, they are a convolution with stride 1 by a part of the kernel, turned round
 (Dumoulin and Visin, "A guide to convolution arithmetic for deep learning", 2016). The phases write
 to interleaved places; their tasks follow one another.
@@ -38,7 +38,7 @@ class _Axis:
     Attributes:
         phase: the outputs are `place · stride + phase`.
         taps: the kernel's places, in the order in which they meet the input.
-        padding: how far the first tap of output 0 is before the input; negative is behind its start.
+        padding: how far the first tap of output 0 is before the input; negative if it is inside.
         size: outputs.
     """
 

@@ -117,7 +117,8 @@ def test_transposed(
 
 @settings(max_examples=6, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(
-    st.tuples(st.integers(1, 6), st.integers(1, 7)), st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    st.tuples(st.integers(1, 6), st.integers(1, 7)),
+    st.tuples(st.integers(1, 6), st.integers(1, 6)),
     st.tuples(st.integers(1, 3), st.integers(1, 4)), st.integers(0, 3), st.integers(0, 2),
     st.sampled_from([(8, 16, 1), (5, 7, 1), (16, 16, 2), (6, 9, 3)]), st.integers(1, 2),
 )  # fmt: skip

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+from onnx import helper
 
 from graphopt.importers.onnx import HANDLERS
-from tests.importers.onnx_cases import assert_same, floats, ints, one_node
+from tests.importers.onnx_cases import assert_same, floats, graph_model, ints, one_node
 
 F = np.float32
 
@@ -272,6 +273,15 @@ SHAPES = [
     ("Gather", (4, 5), {"i": ints(1, 2, 3)}, {"axis": 1}),
     ("Gather", (4, 5), {"i": np.array(2, np.int64)}, {}),
     ("Gather", (4, 5, 3), {"i": ints(1, 0, 2, 1).reshape(2, 2)}, {"axis": -2}),
+    ("GatherND", (4, 5, 3), {"i": ints(1, 2, -1, 0).reshape(2, 2)}, {}),
+    ("GatherND", (4, 5, 3), {"i": ints(1, -1).reshape(2, 1, 1)}, {}),
+    ("GatherND", (2, 4, 3), {"i": ints(1, -1).reshape(2, 1)}, {"batch_dims": 1}),
+    (
+        "GatherND",
+        (2, 2, 3, 2),
+        {"i": ints(*range(-2, 2), 1, 0).reshape(1, 1, 6)[..., None].repeat(2, 0).repeat(2, 1)},
+        {"batch_dims": 2},
+    ),
     ("CumSum", (3, 4), {"a": np.array(1, np.int64)}, {}),
 ]
 
@@ -289,6 +299,27 @@ def test_gather_by_inputs(shape, axis, kind):
     table, indices = floats(*shape), np.array([[0, -1], [3, 1]], kind)
     model = one_node("Gather", {"i": indices}, {"t": table}, order=["t", "i"], axis=axis)
     assert_same(model, {"i": indices}, 0)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("batch", [0, 1])
+def test_gather_nd_by_inputs(depth, batch):
+    table = floats(2, 3, 4, 5)
+    indices = np.array([[[0, -1], [1, 1], [-2, 0]]] * 2, np.int64)[..., :depth]
+    model = one_node("GatherND", {"i": indices}, {"t": table}, order=["t", "i"], batch_dims=batch)
+    assert_same(model, {"i": indices}, 0)
+
+
+def test_scatter_nd_of_constants():
+    """As exporters write attention masks."""
+    data, i = np.zeros((4, 3), np.float32), np.array([[1, 2], [-1, 0]], np.int64)
+    nodes = [
+        helper.make_node("ScatterND", ["d", "i", "u"], ["m"]),
+        helper.make_node("Add", ["x", "m"], ["y"]),
+    ]
+    constants = {"d": data, "i": i, "u": np.array([3, 4], np.float32)}
+    model = graph_model(nodes, {"x": floats(4, 3)}, constants, ["y"], 18)
+    assert_same(model, {"x": floats(4, 3)}, 0)
 
 
 def test_gather_elements():

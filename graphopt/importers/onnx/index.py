@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 
 import torch
 from torch import fx
@@ -77,6 +78,59 @@ def gather_elements(ctx: Context, node: OnnxNode) -> Value:
     return ctx.op(aten.gather.default, data, axis, places)
 
 
+def gather_nd(ctx: Context, node: OnnxNode) -> Value:
+    """Elements or slices at places given by several indices each: one index into flat memory."""
+    data, indices = node.value(0), node.value(1)
+    batch = node.get_int("batch_dims", 0)
+    sizes, many = shape(data), shape(indices)
+    depth = many[-1]
+    if not 1 <= depth <= len(sizes) - batch:
+        raise Refused(f"{depth} indices into {len(sizes) - batch} dimensions")
+    indexed = sizes[batch : batch + depth]
+    flat: Value | None = None
+    for k, size in enumerate(indexed):
+        one = indices[..., k] if isinstance(indices, torch.Tensor) else None
+        if one is None:
+            one = ctx.op(aten.select.int, indices, -1, k)
+        scale = prod(indexed[k + 1 :])
+        if isinstance(one, torch.Tensor):
+            term: Value = _from_front(one, size).reshape(one.shape) * scale
+        else:
+            place = _wrapped(ctx, to_dtype(ctx, one, torch.int64), size)
+            term = ctx.op(aten.mul.Tensor, place, scale) if scale != 1 else place
+        flat = term if flat is None else _sum(ctx, flat, term)
+    assert flat is not None
+    if batch:
+        # The same place in each batch's own part of the memory.
+        first = torch.arange(prod(sizes[:batch])) * prod(indexed)
+        ones = [1] * (len(many) - 1 - batch)
+        flat = _sum(ctx, flat, first.reshape(*sizes[:batch], *ones))
+    rest = sizes[batch + depth :]
+    lines = reshape_to(ctx, data, [prod(sizes[: batch + depth]), *rest])
+    places = flat.reshape(-1) if isinstance(flat, torch.Tensor) else reshape_to(ctx, flat, [-1])
+    chosen = ctx.op(aten.index_select.default, lines, 0, places)
+    return reshape_to(ctx, chosen, [*many[:-1], *rest])
+
+
+def scatter_nd(ctx: Context, node: OnnxNode) -> Value:
+    """Constants with some elements replaced, as exporters write masks."""
+    data, indices, updates = (node.value(i) for i in range(3))
+    reduction = node.get_str("reduction", "none")
+    if reduction != "none":
+        raise Refused(f"reduction is {reduction}")
+    if not all(isinstance(x, torch.Tensor) for x in (data, indices, updates)):
+        raise Refused("data, indices or updates are not constant")
+    result: torch.Tensor = data.clone()
+    result[tuple(indices.unbind(-1))] = updates
+    return result
+
+
+def _sum(ctx: Context, a: Value, b: Value) -> Value:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a + b
+    return ctx.op(aten.add.Tensor, a, b)
+
+
 def _wrapped(ctx: Context, indices: Value, size: int) -> Value:
     negative = ctx.op(aten.lt.Scalar, indices, 0)
     return ctx.op(aten.where.self, negative, ctx.op(aten.add.Tensor, indices, size), indices)
@@ -126,5 +180,7 @@ HANDLERS: dict[str, Callable[[Context, OnnxNode], Value]] = {
     "CumSum": cumulative_sum,
     "Gather": gather,
     "GatherElements": gather_elements,
+    "GatherND": gather_nd,
+    "ScatterND": scatter_nd,
     "Slice": slice_,
 }
