@@ -1,8 +1,8 @@
 """Max and average pooling of blocked images: windows of several pixels at a time.
 
 As in `depthwise`, a task computes some rows of one block of channels, pixels whose windows reach
-over the left or right border have code of their own, and the pixels of a tile have accumulators of their
-own, whose folds do not wait for one another.
+over the left or right border have code of their own, and the pixels of a tile have accumulators of
+their own, whose folds do not wait for one another.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ def lower_pool(request: Request) -> KernelSource | None:
         return None
     n, channels, height, width = call.shape
     kernel, stride, padding, dilation = window_of(call)
-    spec = ConvSpec(n, channels, 1, 1, call.shape_of("self")[2:], (height, width), kernel, stride,
-                    padding, dilation)  # fmt: skip
+    *_, rows, columns = call.shape_of("self")
+    spec = ConvSpec(n, channels, 1, 1, (rows, columns), (height, width), kernel, stride, padding,
+                    dilation)  # fmt: skip
     plan = depthwise.plan(spec, request.target.isa)
     if plan is None:
         return None

@@ -80,11 +80,12 @@ def lower_transposed(request: Request) -> KernelSource | None:
     if not call["transposed"] or len(call.shape) != 4 or weight is None:
         return None
     stride, padding, dilation = (_two(call[n]) for n in ("stride", "padding", "dilation"))
-    axes = [_axes(*sizes) for sizes in zip(weight.shape[2:], stride, padding, call.shape[2:],
-                                           strict=True)]  # fmt: skip
-    if dilation != (1, 1) or any(axis is None for axis in axes):
+    rows, columns = (
+        _axes(weight.shape[2 + i], stride[i], padding[i], call.shape[2 + i]) for i in (0, 1)
+    )
+    if dilation != (1, 1) or rows is None or columns is None:
         return None
-    pairs = list(product(*(axis or [] for axis in axes)))
+    pairs = list(product(rows, columns))
     if len(pairs) > _MOST_PHASES:
         return None
     phases, packed = _plan(request, call, weight, pairs)

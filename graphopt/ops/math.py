@@ -296,9 +296,7 @@ def _one_plus_exp_of_minus(x: Expr) -> Expr:
 def sigmoid(x: Expr) -> Expr:
     """1 / (1 + e to the -x), max 2.2 ulp; 1.2e-38 below -87.3."""
     x = share(x)
-    return const(1.0) / _one_plus_exp_of_minus(
-        at_least(at_most(x, _LOGISTIC_END), -_LOGISTIC_END)
-    )
+    return const(1.0) / _one_plus_exp_of_minus(at_least(at_most(x, _LOGISTIC_END), -_LOGISTIC_END))
 
 
 def silu(x: Expr) -> Expr:

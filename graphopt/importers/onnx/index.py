@@ -89,14 +89,13 @@ def gather_nd(ctx: Context, node: OnnxNode) -> Value:
     indexed = sizes[batch : batch + depth]
     flat: Value | None = None
     for k, size in enumerate(indexed):
-        one = indices[..., k] if isinstance(indices, torch.Tensor) else None
-        if one is None:
-            one = ctx.op(aten.select.int, indices, -1, k)
         scale = prod(indexed[k + 1 :])
-        if isinstance(one, torch.Tensor):
+        if isinstance(indices, torch.Tensor):
+            one = indices[..., k]
             term: Value = _from_front(one, size).reshape(one.shape) * scale
         else:
-            place = _wrapped(ctx, to_dtype(ctx, one, torch.int64), size)
+            chosen = ctx.op(aten.select.int, indices, -1, k)
+            place = _wrapped(ctx, to_dtype(ctx, chosen, torch.int64), size)
             term = ctx.op(aten.mul.Tensor, place, scale) if scale != 1 else place
         flat = term if flat is None else _sum(ctx, flat, term)
     assert flat is not None
@@ -108,8 +107,8 @@ def gather_nd(ctx: Context, node: OnnxNode) -> Value:
     rest = sizes[batch + depth :]
     lines = reshape_to(ctx, data, [prod(sizes[: batch + depth]), *rest])
     places = flat.reshape(-1) if isinstance(flat, torch.Tensor) else reshape_to(ctx, flat, [-1])
-    chosen = ctx.op(aten.index_select.default, lines, 0, places)
-    return reshape_to(ctx, chosen, [*many[:-1], *rest])
+    picked = ctx.op(aten.index_select.default, lines, 0, places)
+    return reshape_to(ctx, picked, [*many[:-1], *rest])
 
 
 def scatter_nd(ctx: Context, node: OnnxNode) -> Value:
@@ -118,9 +117,9 @@ def scatter_nd(ctx: Context, node: OnnxNode) -> Value:
     reduction = node.get_str("reduction", "none")
     if reduction != "none":
         raise Refused(f"reduction is {reduction}")
-    if not all(isinstance(x, torch.Tensor) for x in (data, indices, updates)):
+    if isinstance(data, fx.Node) or isinstance(indices, fx.Node) or isinstance(updates, fx.Node):
         raise Refused("data, indices or updates are not constant")
-    result: torch.Tensor = data.clone()
+    result = data.clone()
     result[tuple(indices.unbind(-1))] = updates
     return result
 
