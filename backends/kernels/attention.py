@@ -4,9 +4,9 @@ The task packs the head's keys (transposed) and values into panels once. Then ba
 through scores, softmax and the sum over the values while their scores are in the cache (the
 blocking of Dao et al., "FlashAttention", 2022, without its rescaling: a row of scores fits).
 
-Keys are padded to whole vectors with scores of -inf. Scores are in powers
-of two, log₂ e being folded into the queries' scale, and the weights are divided by their sum
-where the result is stored: a row of it is shorter than one of the weights.
+Keys are padded to whole vectors with scores of -inf. Scores are exponents of two, log₂ e being
+folded into the queries' scale, and the weights are divided by their sum where the result is stored:
+a row of it is shorter than one of the weights.
 """
 
 from __future__ import annotations
@@ -47,7 +47,6 @@ _SHIFT = 12582912.0 + 127
 _EXP2 = (0.6931470036506653, 0.24022246897220612, 0.0555071122944355, 0.009671294130384922,
          0.0013269407209008932)  # fmt: skip
 """2^r = 1 + r·P(r) for |r| ≤ ½, a minimax fit, relative error 1.5e-7."""
-
 
 _Join = Callable[[Expr, Expr], Expr]
 
@@ -205,24 +204,22 @@ class _Task:
         chosen, panels = self.plan, self.plan.value_panels
         full, rest = divmod(panels.columns, panels.block)
 
-        def put(row: Expr, value: Callable[[Expr], Expr]) -> None:
-            def store(column: Expr, lane: Expr, what: Expr) -> None:
-                place = panels.place(row, column, lane)
-                T.buffer_store(self.buffers["values"], what, [place])
+        with loop(chosen.keys) as j:
+
+            def store(column: Expr, lane: Expr, value: Expr) -> None:
+                T.buffer_store(self.buffers["values"], value, [panels.place(j, column, lane)])
 
             if full:
                 with loop(full) as v, loop(panels.block, "vectorized") as lane:
-                    store(v * panels.block, lane, value(v * panels.block + lane))
+                    first = v * panels.block
+                    store(first, lane, self.operands.value(j, first + lane))
             if rest:
                 last = tirx.const(full * panels.block, "int32")
                 # The lanes of no column are multiplied, too: denormals there would cost time.
                 with loop(panels.block, "vectorized") as lane:
                     store(last, lane, f32(0.0))
                 with loop(rest) as lane:
-                    store(last, lane, value(last + lane))
-
-        with loop(chosen.keys) as j:
-            put(j, lambda column: self.operands.value(j, column))
+                    store(last, lane, self.operands.value(j, last + lane))
 
     def _band(self, first_tile: Expr, tiles: Expr) -> None:
         """All phases for `tiles` tiles of rows."""

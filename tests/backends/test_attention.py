@@ -91,7 +91,7 @@ def test_one_head_is_several_tasks() -> None:
     keep = torch.rand(131, 45, generator=b.generator) > 0.3
     b.returns(attend(b, (1, 1, 131, 12), (1, 1, 45, 12), keep))
     program = check(b, threads=3)
-    assert program.steps[0].tasks > 3
+    assert program.steps[0].tasks > 1
 
 
 def test_many_keys_go_through_in_small_bands() -> None:
