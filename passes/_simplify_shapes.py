@@ -114,6 +114,54 @@ def _as_reshape(ed: Editor, node: fx.Node) -> fx.Node:
     return ed.call(aten.reshape.default, _source(node), list(shape(node)))
 
 
+def _ones_after_permute(_gm: fx.GraphModule, node: fx.Node) -> Pair | None:
+    """A reshape that only adds or drops dimensions of size 1, of a permuted tensor."""
+    inner = _source(node)
+    if not calls(inner, aten.permute.default) or only_user(inner) is None:
+        return None
+    real = [[n for n in shape(x) if n != 1] for x in (inner, node)]
+    return (inner, node) if real[0] == real[1] and 0 not in shape(node) else None
+
+
+def _ones_before_permute(ed: Editor, pair: Pair) -> fx.Node:
+    """Reshape first: permutes then meet, and what is left of them is closer to its reader."""
+    inner, outer = pair
+    x, order = _source(inner), list(inner.args[1])  # type: ignore[arg-type]
+    moved = [axis for axis in order if shape(x)[axis] != 1]
+    kept = sorted(moved)
+    # Where the permute leaves a dimension in place, those of size 1 stay beside it.
+    sizes: list[int] = []
+    home: dict[int, int] = {}
+    waiting = iter(kept)
+    for size in shape(outer):
+        if size != 1:
+            axis = next(waiting)
+            home[axis] = len(sizes)
+            size = shape(x)[axis]
+        sizes.append(size)
+    axes = iter(moved)
+    dims = [at if size == 1 else home[next(axes)] for at, size in enumerate(shape(outer))]
+    reshaped = ed.call(aten.reshape.default, x, sizes)
+    return ed.call(aten.permute.default, reshaped, dims)
+
+
+def _slice_of_permute(_gm: fx.GraphModule, node: fx.Node) -> Pair | None:
+    """A slice of a permuted tensor that only slices read, as queries, keys and values are cut."""
+    inner = _source(node)
+    if not calls(inner, aten.permute.default):
+        return None
+    return (inner, node) if all(calls(user, aten.slice.Tensor) for user in inner.users) else None
+
+
+def _slice_before_permute(ed: Editor, pair: Pair) -> fx.Node:
+    inner, outer = pair
+    cut = bind(outer)
+    order: Any = inner.args[1]
+    bounds = (order[cut["dim"]], cut["start"], cut["end"], cut["step"])
+    piece = ed.call(aten.slice.Tensor, _source(inner), *bounds)
+    return ed.call(aten.permute.default, piece, list(order))
+
+
 def _slice_of_slice(_gm: fx.GraphModule, node: fx.Node) -> Pair | None:
     inner = _source(node)
     if not calls(inner, aten.slice.Tensor) or bind(inner)["dim"] != bind(node)["dim"]:
@@ -220,6 +268,13 @@ RULES: tuple[Rule[Any], ...] = (
         _moves_ones_only,
         _as_reshape,
     ),
+    Rule(
+        "reshape before permute where only dimensions of size 1 come or go",
+        (aten.reshape.default,),
+        _ones_after_permute,
+        _ones_before_permute,
+    ),
+    Rule("slice before permute", (aten.slice.Tensor,), _slice_of_permute, _slice_before_permute),
     Rule("merge reshapes", (aten.reshape.default,), _twice(aten.reshape.default), _skip_inner),
     Rule("merge expands", (aten.expand.default,), _twice(aten.expand.default), _skip_inner),
     Rule("merge slices", (aten.slice.Tensor,), _slice_of_slice, _compose_slices),

@@ -26,8 +26,8 @@ class Buffer:
             context's arena.
         nbytes: physical size in bytes, padding included.
         offset: bytes from the start of the arena or of the weights; 0 for inputs and outputs.
-        within: the arena buffer it is a piece of.
         data: physical contents of a constant.
+        within: the arena buffer it is a piece of.
     """
 
     name: str
@@ -37,8 +37,8 @@ class Buffer:
     role: Role
     nbytes: int
     offset: int = 0
-    within: str | None = None
     data: npt.NDArray[Any] | None = field(default=None, compare=False, repr=False)
+    within: str | None = None
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,27 @@ CASES: dict[str, tuple[Callable[[Build], fx.Node], list[str]]] = {
         lambda b: permute(b, permute(b, image(b), 0, 2, 3, 1), 3, 0, 1, 2),
         ["permute"],
     ),
+    "transposed keys, as ONNX writes them": (
+        lambda b: permute(
+            b,
+            reshape(b, permute(b, reshape(b, b.input(1, 3, 7, 5), 3, 7, 5), 0, 2, 1), 1, 3, 5, 7),
+            0,
+            1,
+            3,
+            2,
+        ),
+        [],
+    ),
+    "one of queries, keys and values": (
+        lambda b: reshape(
+            b, cut(b, permute(b, b.input(1, 7, 3, 2, 5), 2, 0, 3, 1, 4), 0, 1, 2), 1, 2, 7, 5
+        ),
+        ["slice", "reshape", "permute"],
+    ),
+    "ones between moved dimensions": (
+        lambda b: reshape(b, permute(b, b.input(1, 4, 1, 6), 3, 0, 1, 2), 1, 6, 1, 1, 4),
+        ["reshape", "permute"],
+    ),
     "permute of ones": (lambda b: permute(b, b.input(2, 1, 5), 1, 0, 2), ["reshape"]),
     "reshapes merge": (lambda b: reshape(b, reshape(b, x8(b), 2, 4), 4, 2), ["reshape"]),
     "reshapes cancel": (lambda b: reshape(b, reshape(b, x8(b), 2, 4), 8), []),
