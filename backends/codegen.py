@@ -26,8 +26,9 @@ def llvm_target(target: Target) -> Any:
         {
             "kind": "llvm",
             "mtriple": target.triple,
-            "mcpu": target.mcpu,
+            "mcpu": target.model or target.mcpu,
             "mattr": [f"+{feature}" for feature in target.features],
+            "cl-opt": list(target.llvm_options),
         }
     )
 

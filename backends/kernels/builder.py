@@ -160,6 +160,11 @@ def prefetch(element: Expr) -> None:
     T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, read, second_level, data))
 
 
+def barrier() -> None:
+    """Keep LLVM from moving loads across: an instruction of 64-bit Arm that does nothing."""
+    T.evaluate(tirx.call_llvm_intrin("void", "llvm.aarch64.hint", tirx.const(0, "int32")))
+
+
 def f32(value: float) -> Expr:
     """A float32 constant."""
     return tirx.const(value, "float32")

@@ -164,6 +164,7 @@ def _product(
             padded=in_blocks and spec.groups == 1,
             heavy=request.heavy_epilogue,
             ahead=ahead,
+            vector_in=request.spec(source).layout != PLAIN,
         )
         product.emit(task, constants[0], scratch, access)
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,14 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.isa.base import Isa
-from graphopt.backends.kernels.builder import f32, loop, prefetch, unflatten
-from graphopt.backends.kernels.conv_direct import Accessors, ConvSpec, finish
+from graphopt.backends.kernels.builder import barrier, f32, loop, prefetch, unflatten
+from graphopt.backends.kernels.conv_direct import (
+    QUAD,
+    Accessors,
+    ConvSpec,
+    finish,
+    multiply_by_lanes,
+)
 from graphopt.backends.kernels.tiling import LINE, Split, Tile, best_tiles, split, step_time
 from graphopt.ops.opdef import Expr
 
@@ -41,7 +48,6 @@ _GATHERED_FOR = 128
 _FEWEST_GATHERS = 4
 _GATHER_CYCLES = 3.0
 """To copy one vector."""
-_UNROLLED = 4
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,7 @@ class DeepPlan:
         blocks: the pixels of an image, cut into blocks for the tasks.
         pixels: pixels of a register tile, at most.
         parts: equal parts of the input channels.
+        by_lane: whether a multiply-add takes one lane of a vector as its scalar.
     """
 
     spec: ConvSpec
@@ -65,6 +72,7 @@ class DeepPlan:
     blocks: Split
     pixels: int
     parts: int
+    by_lane: bool
 
     @property
     def width(self) -> int:
@@ -137,7 +145,7 @@ def plans(spec: ConvSpec, isa: Isa, l2_bytes: int) -> tuple[DeepPlan, ...]:
         return ()
     blocks = split(total, min(total, _MOST_PIXELS))
     tiles = best_tiles(out_blocks, blocks.size, isa, block)
-    return tuple(_with_tile(spec, blocks, tile, block) for tile in tiles)
+    return tuple(_with_tile(spec, blocks, tile, isa) for tile in tiles)
 
 
 def plan(spec: ConvSpec, isa: Isa, l2_bytes: int) -> DeepPlan | None:
@@ -145,7 +153,8 @@ def plan(spec: ConvSpec, isa: Isa, l2_bytes: int) -> DeepPlan | None:
     return next(iter(plans(spec, isa, l2_bytes)), None)
 
 
-def _with_tile(spec: ConvSpec, blocks: Split, tile: Tile, block: int) -> DeepPlan:
+def _with_tile(spec: ConvSpec, blocks: Split, tile: Tile, isa: Isa) -> DeepPlan:
+    block = isa.block
     taps = spec.kernel[0] * spec.kernel[1]
     channels = split(-(-spec.ocg // block), tile.vectors)
     width = channels.size * block
@@ -159,7 +168,7 @@ def _with_tile(spec: ConvSpec, blocks: Split, tile: Tile, block: int) -> DeepPla
     group = min(group, -(-channels.count // shares))
     if _gathers(spec):
         group = min(max(group, _GATHERED_FOR // width), -(-channels.count // _FEWEST_GATHERS))
-    return DeepPlan(spec, block, channels, group, blocks, tile.pixels, parts)
+    return DeepPlan(spec, block, channels, group, blocks, tile.pixels, parts, isa.lane_operand)
 
 
 def cost(deep: DeepPlan, isa: Isa) -> float:
@@ -344,20 +353,38 @@ class _Task:
             channel = (part * deep.part_blocks + number) * block + ci
             return self.access.x(self.n, channel, *self._place(first + p))
 
-        with loop(deep.part_depth // block) as number, loop(block // _UNROLLED) as outer:
-            row = origin + (number * block + outer * _UNROLLED) * width
+        def lane_of(number: Expr, first_lane: int, p: int, lane: Expr) -> Expr:
+            return x(p, number, first_lane + lane)
+
+        def ask_ahead(row: Expr) -> None:
             # A quarter of the next panel's lines each: four pieces ask for all of it.
-            for line in range(0, max(1, _UNROLLED * width // LINE), 4):
+            for line in range(0, max(1, QUAD * width // LINE), 4):
                 ahead = deep.part_depth * width + (line + piece % 4) * LINE
                 prefetch(self.weights[row + ahead])
-            for c in range(_UNROLLED):
-                for p in range(pixels):
-                    value = x(p, number, outer * _UNROLLED + c)
-                    for v in range(vectors):
-                        with T.vectorized(0, block) as lane:
-                            slot = (p * vectors + v) * block + lane
-                            w = self.weights[row + c * width + v * block + lane]
-                            T.buffer_store(acc, acc[slot] + value * w, [slot])
+
+        with loop(deep.part_depth // block) as number:
+            row = origin + number * (block * width)
+            if deep.by_lane and (deep.gathers or self.access.vector_in):
+                for first_lane in range(0, block, QUAD):
+                    if first_lane:
+                        barrier()
+                    ask_ahead(row + first_lane * width)
+                    multiply_by_lanes(
+                        acc, self.weights, row + first_lane * width, width, block, range(pixels),
+                        vectors, partial(lane_of, number, first_lane),
+                    )  # fmt: skip
+                return
+            with loop(block // QUAD) as outer:
+                row += outer * (QUAD * width)
+                ask_ahead(row)
+                for c in range(QUAD):
+                    for p in range(pixels):
+                        value = x(p, number, outer * QUAD + c)
+                        for v in range(vectors):
+                            with T.vectorized(0, block) as lane:
+                                slot = (p * vectors + v) * block + lane
+                                w = self.weights[row + c * width + v * block + lane]
+                                T.buffer_store(acc, acc[slot] + value * w, [slot])
 
     def _gather(self, part: Expr) -> None:
         """Copy what each pixel reads of the part's channels, with zeros for the padding."""

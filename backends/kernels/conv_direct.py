@@ -14,7 +14,7 @@ rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.isa.base import Isa
-from graphopt.backends.kernels.builder import f32, loop, prefetch, unflatten
+from graphopt.backends.kernels.builder import barrier, f32, loop, prefetch, unflatten
 from graphopt.backends.kernels.tiling import (
     LINE,
     Split,
@@ -38,6 +38,8 @@ from graphopt.ops.math import share
 from graphopt.ops.opdef import Expr
 
 MAX_UNROLLED_KERNEL = 11
+QUAD = 4
+"""Channels of a pixel that one load takes where multiply-adds take a lane."""
 _TARGET_STEPS = 1 << 15
 """Register-tile steps worth one task; keeps the task loop's cost below a percent."""
 
@@ -83,6 +85,7 @@ class Accessors:
         padded: whether channels behind the last one of a block may be stored too.
         heavy: whether the epilogue is too long to repeat for every accumulator.
         ahead: whether to ask for the next pixels' inputs, which come from far.
+        vector_in: whether neighbouring channels of the input are neighbours in memory.
     """
 
     x: Callable[[Expr, Expr, Expr, Expr], Expr]
@@ -91,6 +94,7 @@ class Accessors:
     padded: bool
     heavy: bool
     ahead: bool = False
+    vector_in: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,7 @@ class ConvPlan:
     tiles: int
     tiles_per_task: int
     channels_outer: bool
+    by_lane: bool
 
     @property
     def row_tasks(self) -> int:
@@ -194,7 +199,8 @@ def plan(spec: ConvSpec, isa: Isa, l2_bytes: int, tile: Tile | None = None) -> C
     channels_outer = weights > l2_bytes // 2
     if channels_outer:
         tiles_per_task = min(tiles, max(tiles_per_task, 4))
-    return ConvPlan(spec, block, channels, segments, tiles, tiles_per_task, channels_outer)
+    return ConvPlan(spec, block, channels, segments, tiles, tiles_per_task, channels_outer,
+                    isa.lane_operand)  # fmt: skip
 
 
 def cost(conv: ConvPlan, isa: Isa) -> float:
@@ -334,8 +340,22 @@ def _tile(
                     w = weights[base + v * block + lane]
                     T.buffer_store(acc, acc[slot] + x * w, [slot])
 
+    by_lane = (conv.by_lane and access.vector_in and not tests_columns
+               and (spec.groups == 1 or spec.icg % block == 0))  # fmt: skip
+
+    def four(c: Expr, ih: Expr, base: Expr, kw: Expr, skipped: frozenset[int]) -> None:
+        def x(p: int, lane: Expr) -> Expr:
+            iw = left + p * spec.stride[1] + kw * spec.dilation[1]
+            return access.x(n, g * spec.icg + c + lane, ih, iw)
+
+        inside = [p for p in range(pixels) if p not in skipped]
+        multiply_by_lanes(acc, weights, base, width, block, inside, vectors, x)
+
     def channel_block(first: Expr, channels: int, kw: Expr, skipped: frozenset[int]) -> None:
         start = origin + (kw * spec.icg + first) * (kernel_h * width)
+        if by_lane:
+            # Or the weights' distance from their beginning becomes one constant for each load.
+            start = share(start)
         with loop(high - low) as i:
             kh = low + i
             ih = row + kh * spec.dilation[0]
@@ -343,6 +363,13 @@ def _tile(
             if access.ahead:
                 for p in range(pixels, 2 * pixels, max(1, LINE // block)):
                     prefetch(access.x(n, g * spec.icg + first, ih, left + p * spec.stride[1]))
+            if by_lane and channels % QUAD == 0:
+                for c in range(0, channels, QUAD):
+                    if c:
+                        # LLVM would load both fours of each pixel at once, and spill.
+                        barrier()
+                    four(first + c, ih, rows + c * width, kw, skipped)
+                return
             inner = 4 if channels % 4 == 0 else channels
             with loop(channels // inner) as outer:
                 for ci in range(inner):
@@ -368,6 +395,29 @@ def _tile(
         with loop(kernel_w) as kw:
             kernel_column(kw, frozenset())
     finish(spec, block, acc, pixels, vectors, n, g, lambda p: (oh, column + p), tile_block, access)
+
+
+def multiply_by_lanes(
+    acc: Any, weights: Any, base: Expr, width: int, block: int, pixels: Sequence[int], vectors: int,
+    x: Callable[[int, Expr], Expr],
+) -> None:  # fmt: skip
+    """Multiply and add four channels, for instruction sets that multiply by one lane of a vector.
+
+    One load takes all four of a pixel; on its own LLVM would load them one by one. `x` gives a
+    pixel's input by channel, counted from the first of the four, whose weights begin at `base`,
+    `width` of them for each.
+    """
+    inputs = T.alloc_buffer(((pixels[-1] + 1) * QUAD,), "float32", scope="local")
+    for p in pixels:
+        with T.vectorized(0, QUAD) as lane:
+            T.buffer_store(inputs, x(p, lane), [p * QUAD + lane])
+    for c in range(QUAD):
+        for p in pixels:
+            for v in range(vectors):
+                with T.vectorized(0, block) as lane:
+                    slot = (p * vectors + v) * block + lane
+                    w = weights[base + c * width + v * block + lane]
+                    T.buffer_store(acc, acc[slot] + inputs[p * QUAD + c] * w, [slot])
 
 
 def kernel_rows(spec: ConvSpec, row: Expr) -> tuple[Expr, Expr]:

@@ -56,8 +56,10 @@ def plan(spec: ConvSpec, isa: Isa) -> DepthwisePlan | None:
     if spec.kernel[1] > _MAX_TAPS:
         return None
     width = max(1, isa.block * 4 // isa.vector_bytes)
-    # Accumulators, one row of weights, and a spare for each input vector in flight.
-    pixels = max(1, min(8, (isa.registers - width * spec.kernel[1] - 2) // (width + 1)))
+    # Inputs that arithmetic cannot take from memory: a pixel's and those up to the next one.
+    inputs = 2 if isa.load_operand else width * (spec.stride[1] + 1)
+    # Accumulators, one row of weights, the inputs, and a spare for each pixel.
+    pixels = max(1, min(8, (isa.registers - width * spec.kernel[1] - inputs) // (width + 1)))
     segments = row_segments(spec, pixels)
     steps = spec.kernel[0] * spec.kernel[1] * spec.out_size[1]
     rows = max(1, min(spec.out_size[0], _TASK_STEPS // steps))

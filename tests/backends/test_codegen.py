@@ -12,7 +12,7 @@ import torch
 
 from graphopt.backends.codegen import assembly, compile_kernels
 from graphopt.backends.lower import lower
-from graphopt.backends.target import get_target
+from graphopt.backends.target import Target, get_target, targets
 from graphopt.program.ir import Program
 from tests.backends.harness import Builder, aten
 
@@ -97,6 +97,19 @@ def test_is_reproducible() -> None:
     target = get_target("host")
     first = compile_kernels(sample("host"), target)
     assert compile_kernels(sample.__wrapped__("host"), target) == first
+
+
+def test_targets_leave_llvm_as_it_was() -> None:
+    """The Arm targets set options of LLVM, which are the process's."""
+    first = compile_kernels(sample("x86-64-v3"), get_target("x86-64-v3"))
+    compile_kernels(sample("cortex-a53"), get_target("cortex-a53"))
+    assert compile_kernels(sample("x86-64-v3"), get_target("x86-64-v3")) == first
+
+
+@pytest.mark.parametrize("target", [each for each in targets().values() if each.model])
+def test_the_model_of_a_core_adds_no_features(target: Target) -> None:
+    """LLVM takes features from the CPU's name too: only `generic` is known to have none."""
+    assert target.model == "generic"
 
 
 def test_program_without_steps() -> None:

@@ -169,6 +169,23 @@ def test_other_instruction_sets(target: str) -> None:
     check(b, target=target, tolerance=4e-6)
 
 
+@pytest.mark.parametrize("channels", [4, 12, 13, 24])
+def test_lanes_of_four_channels(channels: int) -> None:
+    """NEON takes a pixel's channels in fours: whole blocks of eight, then four, then one by one."""
+    b = Builder(channels)
+    x = b.op(aten.relu.default, b.conv(b.input(b.random(2, 3, 12, 13)), channels, (1, 1)))
+    groups = 3 if channels % 24 == 0 else 2 if channels % 2 == 0 else 1
+    b.returns(
+        b.conv(x, 24, (1, 1)),
+        b.conv(b.conv(x, 20, (3, 3), stride=2, padding=1), 5, (1, 1)),
+        b.conv(b.conv(x, 16, (2, 5), padding=[1, 3], dilation=[3, 2]), 9, (5, 1)),
+        b.conv(b.conv(x, 24, (3, 2), padding=2, groups=groups), 8, (1, 1)),
+        b.conv(b.op(aten.relu.default, b.conv(x, 3, (4, 4), stride=4)), 3, (1, 1)),
+    )
+    program = check(b, target="arm", tolerance=4e-6)
+    assert origins(program).count("conv_direct") == 10
+
+
 def test_blocks_of_sixteen() -> None:
     """AVX-512's layout and tiles, compiled for AVX2: LLVM halves the vectors, so it runs here."""
     b = Builder(10)
