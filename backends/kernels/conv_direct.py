@@ -353,9 +353,6 @@ def _tile(
 
     def channel_block(first: Expr, channels: int, kw: Expr, skipped: frozenset[int]) -> None:
         start = origin + (kw * spec.icg + first) * (kernel_h * width)
-        if by_lane:
-            # Or the weights' distance from their beginning becomes one constant for each load.
-            start = share(start)
         with loop(high - low) as i:
             kh = low + i
             ih = row + kh * spec.dilation[0]
