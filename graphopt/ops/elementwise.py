@@ -35,9 +35,7 @@ def _zero(x: Expr) -> Expr:
 
 
 def _relu(call: Call, x: Expr) -> Expr:
-    x = share(wide(x))
-    # In this order one x86 instruction does it, and NaN stays.
-    return tirx.Select(x < _zero(x), _zero(x), x)
+    return m.relu(wide(x))
 
 
 def _abs(call: Call, x: Expr) -> Expr:

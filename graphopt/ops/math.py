@@ -16,7 +16,8 @@ wrap.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from math import inf, log, nan, pi, sqrt
 from typing import Any
 
@@ -53,6 +54,32 @@ def _identity(call: Any) -> Expr:
 
 
 _OPAQUE = _declare_opaque()
+
+
+def _declare_bound(name: str, beyond: Callable[[Expr, Expr], Expr], intrinsic: str) -> Any:
+    """Declare an operation of a value and a limit: the limit where the value is beyond it.
+
+    That is one instruction on x86, where NaN is kept in the second operand, and would be two on
+    Arm, whose own instruction keeps NaN in either.
+    """
+
+    def select(call: Any) -> Expr:
+        x, limit = call.args
+        return tirx.Select(beyond(limit, x), limit, x)
+
+    def own(call: Any) -> Expr:
+        return tirx.call_llvm_intrin(dtype_of(call), intrinsic, *call.args)
+
+    register_op_attr(name, "TCallEffectKind", tirx.CallEffectKind.Pure.value)
+    register_op_attr(name, "TVectorizable", True)
+    register_op_attr(name, "TScriptPrinterName", name)
+    tirx.op.register_intrin_lowering(name, "default", f=select)
+    tirx.op.register_intrin_lowering(name, "llvm.aarch64", f=own)
+    return Op.get(name)
+
+
+_AT_MOST = _declare_bound("graphopt.at_most", operator.lt, "llvm.minimum")
+_AT_LEAST = _declare_bound("graphopt.at_least", operator.gt, "llvm.maximum")
 
 _SHIFT = 12582912.0
 """1.5 · 2²³: adding it rounds a float32 below 2²² to an integer, which shows in the low bits."""
@@ -142,15 +169,26 @@ def is_nan(x: Expr) -> Expr:
 
 
 def at_most(x: Expr, bound: float) -> Expr:
-    """`min(x, bound)`, NaN where `x` is (one instruction on x86, where it is the 2nd operand)."""
-    x, limit = share(x), tirx.const(bound, dtype_of(x))
-    return share(tirx.Select(limit < x, limit, x))
+    """`min(x, bound)`, NaN where `x` is; of 0 and -0 either."""
+    return share(_bounded(_AT_MOST, share(x), bound))
 
 
 def at_least(x: Expr, bound: float) -> Expr:
-    """`max(x, bound)`, NaN where `x` is."""
-    x, limit = share(x), tirx.const(bound, dtype_of(x))
-    return share(tirx.Select(limit > x, limit, x))
+    """`max(x, bound)`, NaN where `x` is; of 0 and -0 either."""
+    return share(_bounded(_AT_LEAST, share(x), bound))
+
+
+def relu(x: Expr) -> Expr:
+    """`max(x, 0)`, NaN where `x` is; of 0 and -0 either."""
+    return _bounded(_AT_LEAST, share(x), 0)
+
+
+def _bounded(operation: Any, x: Expr, bound: float) -> Expr:
+    dtype = dtype_of(x)
+    limit = tirx.const(bound, dtype)
+    if dtype.startswith("float"):
+        return tirx.call_intrin(dtype, operation, x, limit)
+    return tirx.Select(limit < x if operation is _AT_MOST else limit > x, limit, x)
 
 
 def copy_sign(magnitude: Expr, sign: Expr) -> Expr:

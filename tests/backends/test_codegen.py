@@ -7,6 +7,7 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +15,7 @@ from graphopt.backends.codegen import assembly, compile_kernels
 from graphopt.backends.lower import lower
 from graphopt.backends.target import Target, get_target, targets
 from graphopt.program.ir import Program
-from tests.backends.harness import Builder, aten
+from tests.backends.harness import Builder, aten, compile_and_run
 
 TARGETS = ("host", "x86-64-v2", "x86-64-v3", "arm")
 # What a C library and its mathematics library define.
@@ -91,6 +92,19 @@ def test_no_instruction_the_target_lacks(target: str, beyond: str) -> None:
     assert found is None, floats[max(0, found.start() - 100) : found.end() + 100]
     expected = {"x86-64-v2": "mulps", "x86-64-v3": "vfmadd", "arm": "fmla"}[target]
     assert expected in code
+
+
+@pytest.mark.parametrize("target", ["x86-64-v2", "arm"])
+def test_bounds_keep_nan(target: str) -> None:
+    """The instructions that do it differ: whole vectors, and a rest of single elements."""
+    b = Builder(0)
+    values = b.random(13) * 6
+    values[[1, 9, 12]] = torch.nan
+    x = b.input(values)
+    b.returns(b.op(aten.relu.default, x), b.op(aten.hardtanh.default, x, -1.5, 6.0))
+    gm = b.finish()
+    for ours, theirs in zip(compile_and_run(gm, [values], target)[1], gm(values), strict=True):
+        np.testing.assert_array_equal(ours, theirs.numpy())
 
 
 def test_is_reproducible() -> None:
