@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import platform
 from dataclasses import dataclass, replace
 from functools import cache
@@ -34,6 +35,7 @@ class Target:
         model: the CPU that LLVM is to schedule for and to unroll for, if not `mcpu`; names no
             features of its own.
         llvm_options: command-line options of LLVM, as TVM's `cl-opt` takes them.
+        cores: threads that work should be cut for; more of them still share it, less evenly.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Target:
     description: str
     model: str = ""
     llvm_options: tuple[str, ...] = ()
+    cores: int = 4
 
 
 _V2 = ("cx16", "sahf", "popcnt", "sse3", "ssse3", "sse4.1", "sse4.2")
@@ -138,7 +141,12 @@ def host() -> Target:
     for name in order:
         target = next(t for t in _TARGETS if t.name == name)
         if target.arch == machine and has_features(target.features, flags):
-            return replace(target, name="host", description=f"this machine ({target.description})")
+            return replace(
+                target,
+                name="host",
+                description=f"this machine ({target.description})",
+                cores=len(os.sched_getaffinity(0)),
+            )
     raise TargetError(
         f"no target fits this machine ({machine})",
         hint="graphopt builds for x86-64 with at least SSE4.2 and for 64-bit Arm; "

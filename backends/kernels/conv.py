@@ -128,7 +128,7 @@ def lower_products(request: Request) -> Alternatives | None:
         fewer = [
             Candidate(plan.describe(), winograd_plan.cost(plan, *sizes),
                       partial(_winograd, request, plan, weight))
-            for plan in winograd_plan.plans(spec, *sizes)
+            for plan in winograd_plan.plans(spec, *sizes, target.cores)
         ]  # fmt: skip
         is_faster = fewer[0].cycles < winograd_plan.direct_cost(spec, *sizes)
         candidates = [*fewer, *candidates] if is_faster else [*candidates, *fewer]

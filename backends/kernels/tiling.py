@@ -11,8 +11,8 @@ LINE = 16
 """Floats in a cache line."""
 _FMA_LATENCY = 4
 _MULTIPLY_ADDS = 2
-"""Vector multiply-adds per cycle of x86's cores and the A76. The A53 and the A72 do one of 128 bits, so
-that there loads and latency bind less than assumed; the tiles chosen reach that peak all the same."""
+"""Vector multiply-adds per cycle of x86's cores and the A76. The A53 and A72 do one of 128 bits:
+there loads and latency bind less than assumed; the tiles chosen reach that peak all the same."""
 _LOADS = 1.5
 """Loads per cycle that kernels reach in practice: 8×12 tiles, one load for each multiply-add, ran
 at 0.7 of the peak where 16×4 and 16×6 ran at 0.98."""

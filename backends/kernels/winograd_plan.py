@@ -170,12 +170,20 @@ def supports(spec: ConvSpec) -> bool:
     )
 
 
-def plans(spec: ConvSpec, isa: Isa, l2_bytes: int) -> list[WinogradPlan]:
+def plans(spec: ConvSpec, isa: Isa, l2_bytes: int, cores: int = 4) -> list[WinogradPlan]:
     """For each tile size the plan with the least estimated time that leaves threads an even share;
-    the best first."""
+    the best first.
+
+    Args:
+        spec: the convolution.
+        isa: the vector instruction set.
+        l2_bytes: second-level cache of a core.
+        cores: the most threads to share the work evenly among. Groups of output channels are tasks
+            of their own then, each of which transforms the inputs again.
+    """
 
     def weigh(conv: WinogradPlan) -> float:
-        shares = [-(-conv.tasks // n) * n / conv.tasks for n in (1, 2, 4)]
+        shares = [-(-conv.tasks // n) * n / conv.tasks for n in (1, 2, 4) if n <= max(1, cores)]
         return cost(conv, isa, l2_bytes) * sum(shares) / len(shares)
 
     best: dict[int, WinogradPlan] = {}

@@ -95,6 +95,17 @@ def test_chosen_where_it_pays(target: str, threads: int) -> None:
     assert origins(program) == ["conv_direct", "winograd", "winograd", "conv_direct"]
 
 
+def test_cut_for_the_cores_there_are() -> None:
+    """Every group of output channels transforms the inputs again: no more of them than cores."""
+    spec = ConvSpec(1, 1, 256, 256, (14, 14), (14, 14), (3, 3), padding=(1, 1))
+    target = get_target("x86-64-v3")
+    tasks = [
+        winograd.plans(spec, target.isa, target.l2_bytes, cores)[0].tasks for cores in (1, 2, 4)
+    ]
+    assert tasks[0] <= tasks[1] == 2
+    assert tasks[2] == 4
+
+
 def test_not_chosen_where_weights_would_only_stream() -> None:
     """512 channels at 7×7: F(4×4) quadruples nine megabytes of weights for four tiles."""
     spec = ConvSpec(1, 1, 512, 512, (7, 7), (7, 7), (3, 3), padding=(1, 1))
