@@ -34,9 +34,10 @@ def default_pipeline() -> list[Pass]:
         FuseActivation(),
         FuseLayerNorm(),
         FuseAttention(),
-        FoldPad(),
         FoldBatchNorm(),
         FoldAffine(),
+        # A normalization between padding and a layer is gone only now.
+        FoldPad(),
         # The folds leave products of constants, and layers that are equal only now.
         FoldConstants(),
         Simplify(),

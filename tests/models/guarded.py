@@ -53,13 +53,17 @@ def spread(program: Program, at_end: bool) -> tuple[Program, list[int]]:
     position = PAGE
     buffers = dict(program.buffers)
     for name, buffer in program.buffers.items():
-        if buffer.role != "arena":
+        if buffer.role != "arena" or buffer.within:
             continue
         pages = up(buffer.nbytes, PAGE)
         slack = pages - up(buffer.nbytes, ALIGNMENT) if at_end else 0
         buffers[name] = replace(buffer, offset=position + slack)
         guards.append(position + pages)
         position += pages + PAGE
+    for name, buffer in program.buffers.items():
+        if buffer.within:
+            inside = buffer.offset - program.buffers[buffer.within].offset
+            buffers[name] = replace(buffer, offset=buffers[buffer.within].offset + inside)
     return replace(program, buffers=buffers, arena=position), guards
 
 

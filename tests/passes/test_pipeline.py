@@ -7,7 +7,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pass_graphs import Build, aten, evaluate, inputs_for, ops
 from test_fold_batch_norm import conv, draw, norm
@@ -84,6 +84,7 @@ def cook(b: Build, x: fx.Node, recipe: list[str]) -> fx.Node:
 
 
 @settings(max_examples=25, deadline=None)
+@example(["pad", "norm", "grouped"], 1)
 @given(recipes(), st.integers(1, 2))
 def test_random_models(recipe: list[str], batch: int) -> None:
     b = Build()
