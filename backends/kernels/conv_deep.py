@@ -34,6 +34,7 @@ from graphopt.backends.kernels.conv_direct import (
     finish,
     multiply_by_lanes,
 )
+from graphopt.backends.kernels.product import span
 from graphopt.backends.kernels.tiling import LINE, Split, Tile, best_tiles, split, step_time
 from graphopt.ops.opdef import Expr
 
@@ -222,17 +223,12 @@ class _Task:
     ) -> None:  # fmt: skip
         self.deep, self.n, self.group, self.weights = deep, n, group, weights
         self.access = access
-        size, large = deep.blocks.size, deep.blocks.large
-        self.first = block * size
-        self.count: Expr = size
-        if large < deep.blocks.count:
-            self.first = block * size - tirx.max(0, block - large)
-            self.count = size - (block >= large).astype("int32")
+        self.first, self.count = span(deep.blocks, block)
         if deep.parts > 1:
             self.sums = T.decl_buffer((deep.sums,), "float32", data=scratch)
         if deep.gathers:
             self.gathered = T.decl_buffer(
-                (deep.part_depth // deep.block, size, deep.block), "float32", data=scratch,
+                (deep.part_depth // deep.block, deep.blocks.size, deep.block), "float32", data=scratch,
                 elem_offset=deep.sums,
             )  # fmt: skip
 
@@ -278,16 +274,10 @@ class _Task:
     def _cut(
         self, part: Expr, t: Expr, channel_block: Expr, panel: Expr, vectors: int, total: int
     ) -> None:
-        cut = split(total, self.deep.pixels)
-        pieces = [
-            (cut.size, 0, 0, cut.large),
-            (cut.size - 1, cut.large * cut.size, cut.large, cut.count - cut.large),
-        ]
-        for pixels, start, before, count in pieces:
-            if count:
-                with loop(count) as i:
-                    self._register_tile(part, t, channel_block, panel, vectors,
-                                        start + i * pixels, pixels, before + i)  # fmt: skip
+        for pixels, start, before, count in split(total, self.deep.pixels).kinds():
+            with loop(count) as i:
+                self._register_tile(part, t, channel_block, panel, vectors,
+                                    start + i * pixels, pixels, before + i)  # fmt: skip
 
     def _register_tile(
         self, part: Expr, t: Expr, channel_block: Expr, panel: Expr, vectors: int, first: Expr,

@@ -41,6 +41,14 @@ class Split:
     count: int
     large: int
 
+    def kinds(self) -> list[tuple[int, int, int, int]]:
+        """The pieces of each size: (size, first item, number of the first piece, how many)."""
+        both = [
+            (self.size, 0, 0, self.large),
+            (self.size - 1, self.large * self.size, self.large, self.count - self.large),
+        ]
+        return [kind for kind in both if kind[-1]]
+
 
 def split(total: int, size: int) -> Split:
     """Cut `total` into the fewest even pieces of at most `size`."""

@@ -205,16 +205,11 @@ def _multiply(
     """
     parts = conv.depth_parts
     cut = split(conv.cut.size, conv.pixels)
-    pieces = [
-        (cut.size, 0, 0, cut.large),
-        (cut.size - 1, cut.large * cut.size, cut.large, cut.count - cut.large),
-    ]
     with loop(parts) as part:
-        for pixels, start, before, count in pieces:
-            if count:
-                with loop(count) as i:
-                    _product(conv, inputs, products, weights, panel, j, place, part,
-                             start + i * pixels, pixels, before + i, cut.count)  # fmt: skip
+        for pixels, start, before, count in cut.kinds():
+            with loop(count) as i:
+                _product(conv, inputs, products, weights, panel, j, place, part,
+                         start + i * pixels, pixels, before + i, cut.count)  # fmt: skip
 
 
 def _product(

@@ -331,22 +331,19 @@ def _one_plus_exp_of_minus(x: Expr) -> Expr:
     return share(_exp_near_zero(r) * _power_of_two(k) + const(1.0))
 
 
+def _in_logistic_range(x: Expr) -> Expr:
+    return at_least(at_most(x, _LOGISTIC_END), -_LOGISTIC_END)
+
+
 def sigmoid(x: Expr) -> Expr:
     """1 / (1 + e to the -x), max 2.2 ulp; 1.2e-38 below -87.3."""
-    x = share(x)
-    return const(1.0) / _one_plus_exp_of_minus(at_least(at_most(x, _LOGISTIC_END), -_LOGISTIC_END))
+    return const(1.0) / _one_plus_exp_of_minus(_in_logistic_range(x))
 
 
 def silu(x: Expr) -> Expr:
     """x · sigmoid(x), max 3.2 ulp down to -87.3, -1e-36 below: the limit, where PyTorch has NaN."""
-    return _silu(x, x)
-
-
-def _silu(factor: Expr, x: Expr) -> Expr:
-    """factor · sigmoid(x); both end at -87.3."""
     raised = at_least(x, -_LOGISTIC_END)
-    factor = raised if factor is x else factor
-    return factor / _one_plus_exp_of_minus(at_most(raised, _LOGISTIC_END))
+    return raised / _one_plus_exp_of_minus(at_most(raised, _LOGISTIC_END))
 
 
 def softplus(x: Expr) -> Expr:
@@ -394,7 +391,8 @@ def gelu_tanh(x: Expr) -> Expr:
     """
     scale = 2 * sqrt(2 / pi)
     c = share(at_least(x, -20.0))
-    return _silu(c, c * ((c * c) * const(0.044715 * scale) + const(scale)))
+    u = c * ((c * c) * const(0.044715 * scale) + const(scale))
+    return c / _one_plus_exp_of_minus(_in_logistic_range(u))
 
 
 def rsqrt(x: Expr) -> Expr:
