@@ -227,10 +227,8 @@ class _Task:
         if deep.parts > 1:
             self.sums = T.decl_buffer((deep.sums,), "float32", data=scratch)
         if deep.gathers:
-            self.gathered = T.decl_buffer(
-                (deep.part_depth // deep.block, deep.blocks.size, deep.block), "float32", data=scratch,
-                elem_offset=deep.sums,
-            )  # fmt: skip
+            shape = (deep.part_depth // deep.block, deep.blocks.size, deep.block)
+            self.gathered = T.decl_buffer(shape, "float32", data=scratch, elem_offset=deep.sums)
 
     def emit(self) -> None:
         deep = self.deep
