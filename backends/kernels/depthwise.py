@@ -7,6 +7,7 @@ a tile share their loads, since the compiler sees the same address twice.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,10 @@ from graphopt.ops.opdef import Expr
 
 _MAX_TAPS = 11
 _TASK_STEPS = 1 << 13
+
+
+Fold = Callable[[Expr, Expr, Expr, Expr, int, Expr], Expr]
+"""`(folded so far, input, channel block, kernel row, kernel column, lane)` → folded."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,18 @@ def pack_weights(weight: npt.NDArray[Any], depthwise: DepthwisePlan) -> npt.NDAr
 
 def emit(depthwise: DepthwisePlan, task: Expr, weights: Any, access: Accessors) -> None:
     """Emit one task; `weights` is the flat TIR buffer of the packed weights."""
+    block, (kernel_h, kernel_w) = depthwise.block, depthwise.spec.kernel
+
+    def add(acc: Expr, x: Expr, cb: Expr, kh: Expr, kw: int, lane: Expr) -> Expr:
+        return acc + x * weights[((cb * kernel_h + kh) * kernel_w + kw) * block + lane]
+
+    emit_windows(depthwise, task, f32(0.0), add, access)
+
+
+def emit_windows(
+    depthwise: DepthwisePlan, task: Expr, start: Expr, fold: Fold, access: Accessors
+) -> None:
+    """Emit one task that folds each window, from `start` on, into one element."""
     spec, block = depthwise.spec, depthwise.block
     blocks = -(-spec.groups // block)
     bands = -(-spec.out_size[0] // depthwise.rows)
@@ -90,35 +107,33 @@ def emit(depthwise: DepthwisePlan, task: Expr, weights: Any, access: Accessors) 
         for segment in depthwise.segments:
             with T.serial(0, segment.last - segment.first) as i:
                 column = segment.start + i * segment.pixels
-                _tile(depthwise, segment, n, cb, first + r, column, weights, access)
+                _tile(depthwise, segment, n, cb, first + r, column, start, fold, access)
 
 
 def _tile(
     depthwise: DepthwisePlan, segment: Segment, n: Expr, cb: Expr, oh: Expr, column: Expr,
-    weights: Any, access: Accessors,
+    start: Expr, fold: Fold, access: Accessors,
 ) -> None:  # fmt: skip
     spec, block = depthwise.spec, depthwise.block
-    kernel_h, kernel_w = spec.kernel
     acc = T.alloc_buffer((segment.pixels * block,), "float32", scope="local")
     for p in range(segment.pixels):
         with T.vectorized(0, block) as lane:
-            T.buffer_store(acc, f32(0.0), [p * block + lane])
+            T.buffer_store(acc, start, [p * block + lane])
     row = oh * spec.stride[0] - spec.padding[0]
     low, high = kernel_rows(spec, row)
     left = column * spec.stride[1] - spec.padding[1]
     with T.serial(0, high - low) as step:
         kh = low + step
         ih = row + kh * spec.dilation[0]
-        for kw in range(kernel_w):
+        for kw in range(spec.kernel[1]):
             for p in range(segment.pixels):
                 if (p, kw) in segment.skip:
                     continue
                 iw = left + p * spec.stride[1] + kw * spec.dilation[1]
                 with T.vectorized(0, block) as lane:
                     x = access.x(n, cb * block + lane, ih, iw)
-                    w = weights[((cb * kernel_h + kh) * kernel_w + kw) * block + lane]
                     slot = p * block + lane
-                    T.buffer_store(acc, acc[slot] + x * w, [slot])
+                    T.buffer_store(acc, fold(acc[slot], x, cb, kh, kw, lane), [slot])
     if not access.heavy:
         for p in range(segment.pixels):
             with T.vectorized(0, block) as lane:
