@@ -24,8 +24,8 @@ import numpy.typing as npt
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from graphopt.backends.kernels.builder import f32, loop, prefetch, unflatten
-from graphopt.backends.kernels.conv_direct import Accessors
+from graphopt.backends.kernels.builder import barrier, f32, loop, prefetch, unflatten
+from graphopt.backends.kernels.conv_direct import Accessors, multiply_by_lanes
 from graphopt.backends.kernels.tiling import LINE, split
 from graphopt.backends.kernels.winograd_plan import (
     KERNEL,
@@ -244,15 +244,29 @@ def _product(
             with T.Else():
                 each_slot(lambda slot, place_: T.buffer_store(acc, products[tuple(place_)], [slot]))
 
+    def x(cb: Expr, p: int, ci: Expr) -> Expr:
+        return inputs[place, (cb * conv.cut.size + first + p) * block + ci]
+
+    def four(cb: Expr, ci: Expr) -> None:
+        base = origin + (cb * block + ci) * width
+        if conv.by_lane:
+            # As in `conv_direct`: LLVM would load two fours at once, and spill.
+            barrier()
+            multiply_by_lanes(acc, weights, base, width, block, range(pixels), vectors,
+                              lambda p, lane: x(cb, p, ci + lane))  # fmt: skip
+            return
+        for c in range(4):
+            step(cb, ci + c)
+
     def step(cb: Expr, ci: Expr) -> None:
         base = origin + (cb * block + ci) * width
         for p in range(pixels):
-            x = inputs[place, (cb * conv.cut.size + first + p) * block + ci]
+            value = x(cb, p, ci)
             for v in range(vectors):
                 with T.vectorized(0, block) as lane:
                     slot = (p * vectors + v) * block + lane
                     w = weights[base + v * block + lane]
-                    T.buffer_store(acc, acc[slot] + x * w, [slot])
+                    T.buffer_store(acc, acc[slot] + value * w, [slot])
 
     if full:
         with loop(full // parts) as inner, loop(block // 4) as outer:
@@ -261,8 +275,7 @@ def _product(
                 ahead = spec.icg // parts + cb * block + outer * 4
                 for line in range(0, 4 * width // LINE, pieces):
                     prefetch(weights[origin + ahead * width + (line + piece) * LINE])
-            for ci in range(4):
-                step(cb, outer * 4 + ci)
+            four(cb, outer * 4)
     if rest:
         with T.If(part == parts - 1), T.Then():
             for ci in range(rest):

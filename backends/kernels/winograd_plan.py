@@ -91,6 +91,7 @@ class WinogradPlan:
         at_once: register tiles of channels multiplied together.
         groups: groups of output channels that are tasks of their own.
         streams: the weights come from beyond the second-level cache.
+        by_lane: multiply-adds take one lane of a vector.
     """
 
     spec: ConvSpec
@@ -103,6 +104,7 @@ class WinogradPlan:
     at_once: int
     groups: int
     streams: bool
+    by_lane: bool
 
     @property
     def places(self) -> int:
@@ -215,7 +217,8 @@ def _candidates(spec: ConvSpec, isa: Isa, l2_bytes: int) -> Iterator[WinogradPla
             at_once = max(k for k in range(1, most + 1) if per_group % k == 0)
             for cut in sorted(cuts, key=lambda c: c.size):
                 yield WinogradPlan(
-                    spec, m, block, grid, cut, vectors, pixels, at_once, groups, streams
+                    spec, m, block, grid, cut, vectors, pixels, at_once, groups, streams,
+                    isa.lane_operand,
                 )  # fmt: skip
 
 

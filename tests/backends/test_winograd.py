@@ -115,3 +115,16 @@ def test_not_chosen_where_weights_would_only_stream() -> None:
     stem = dataclasses.replace(spec, icg=8, ocg=8)
     tiny = winograd.plan(stem, target.isa, target.l2_bytes)
     assert winograd.cost(tiny, target.isa, target.l2_bytes) > 0
+
+
+def test_lanes_of_four_channels() -> None:
+    """NEON takes a tile's channels in fours; those behind the last whole block come one by one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(winograd, "direct_cost", lambda *_: float("inf"))
+        b = Builder(2)
+        x = b.input(b.random(2, 3, 11, 13))
+        for channels, out in ((13, 24), (32, 40), (7, 9)):
+            y = b.conv(b.conv(x, channels, (1, 1)), out, (3, 3), padding=1)
+            b.returns(b.conv(b.op(aten.relu.default, y), 4, (1, 1)))
+        program = check(b, tolerance=2e-5, target="arm")
+        assert origins(program).count("winograd") == 3
