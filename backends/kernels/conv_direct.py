@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -408,13 +409,25 @@ def multiply_by_lanes(
     for p in pixels:
         with T.vectorized(0, QUAD) as lane:
             T.buffer_store(inputs, x(p, lane), [p * QUAD + lane])
+
+    def channel(c: int, p: int) -> Expr:
+        return inputs[p * QUAD + c]
+
     for c in range(QUAD):
-        for p in pixels:
-            for v in range(vectors):
-                with T.vectorized(0, block) as lane:
-                    slot = (p * vectors + v) * block + lane
-                    w = weights[base + c * width + v * block + lane]
-                    T.buffer_store(acc, acc[slot] + inputs[p * QUAD + c] * w, [slot])
+        multiply(acc, weights, base + c * width, block, pixels, vectors, partial(channel, c))
+
+
+def multiply(
+    acc: Any, weights: Any, base: Expr, block: int, pixels: Sequence[int], vectors: int,
+    x: Callable[[int], Expr],
+) -> None:  # fmt: skip
+    """Multiply and add one channel of some pixels of a tile; its weights begin at `base`."""
+    for p in pixels:
+        value = x(p)
+        for v in range(vectors):
+            with T.vectorized(0, block) as lane:
+                slot = (p * vectors + v) * block + lane
+                T.buffer_store(acc, acc[slot] + value * weights[base + v * block + lane], [slot])
 
 
 def kernel_rows(spec: ConvSpec, row: Expr) -> tuple[Expr, Expr]:

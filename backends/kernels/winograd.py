@@ -25,7 +25,7 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.kernels.builder import barrier, f32, loop, prefetch, unflatten
-from graphopt.backends.kernels.conv_direct import Accessors, multiply_by_lanes
+from graphopt.backends.kernels.conv_direct import Accessors, multiply, multiply_by_lanes
 from graphopt.backends.kernels.tiling import LINE, split
 from graphopt.backends.kernels.winograd_plan import (
     KERNEL,
@@ -260,13 +260,7 @@ def _product(
 
     def step(cb: Expr, ci: Expr) -> None:
         base = origin + (cb * block + ci) * width
-        for p in range(pixels):
-            value = x(cb, p, ci)
-            for v in range(vectors):
-                with T.vectorized(0, block) as lane:
-                    slot = (p * vectors + v) * block + lane
-                    w = weights[base + v * block + lane]
-                    T.buffer_store(acc, acc[slot] + value * w, [slot])
+        multiply(acc, weights, base, block, range(pixels), vectors, lambda p: x(cb, p, ci))
 
     if full:
         with loop(full // parts) as inner, loop(block // 4) as outer:
