@@ -37,12 +37,22 @@ Fold = Callable[[Expr, Expr, Expr, Expr, int, Expr], Expr]
 
 @dataclass(frozen=True)
 class DepthwisePlan:
-    """The choices for one depthwise convolution; `spec` has `groups` channels."""
+    """The choices for one depthwise convolution; `spec` has `groups` channels.
+
+    Attributes:
+        spec: the convolution.
+        block: channels per block.
+        segments: the tiles of a row.
+        rows: output rows of a task.
+        by_column: whether a tile's inputs are used one after the other by all taps, with a row of
+            weights in registers, and not tap after tap.
+    """
 
     spec: ConvSpec
     block: int
     segments: tuple[Segment, ...]
     rows: int
+    by_column: bool
 
     @property
     def tasks(self) -> int:
@@ -61,14 +71,18 @@ def plan(spec: ConvSpec, isa: Isa) -> DepthwisePlan | None:
     if spec.kernel[1] > _MAX_TAPS:
         return None
     width = max(1, isa.block * 4 // isa.vector_bytes)
-    # Inputs that arithmetic cannot take from memory: a pixel's and those up to the next one.
-    inputs = 2 if isa.load_operand else width * (spec.stride[1] + 1)
-    # Accumulators, one row of weights, the inputs, and a spare for each pixel.
-    pixels = max(1, min(8, (isa.registers - width * spec.kernel[1] - inputs) // (width + 1)))
+    left = isa.registers - width * spec.kernel[1]
+    if isa.load_operand:
+        # Accumulators, one row of weights, and a spare for each pixel.
+        pixels = max(1, min(8, (left - 2) // (width + 1)))
+    else:
+        # Accumulators, one row of weights, and inputs: at a stride few are shared between pixels,
+        # and LLVM loads many at once.
+        pixels = max(1, min(10, 2 * (left // width - 3) // (spec.stride[1] + 1)))
     segments = row_segments(spec, pixels)
     steps = spec.kernel[0] * spec.kernel[1] * spec.out_size[1]
     rows = max(1, min(spec.out_size[0], _TASK_STEPS // steps))
-    return DepthwisePlan(spec, isa.block, segments, rows)
+    return DepthwisePlan(spec, isa.block, segments, rows, not isa.load_operand)
 
 
 def pack_weights(weight: npt.NDArray[Any], depthwise: DepthwisePlan) -> npt.NDArray[np.float32]:
@@ -122,18 +136,20 @@ def _tile(
     row = oh * spec.stride[0] - spec.padding[0]
     low, high = kernel_rows(spec, row)
     left = column * spec.stride[1] - spec.padding[1]
+    taps = [
+        (p * spec.stride[1] + kw * spec.dilation[1], p, kw)
+        for kw in range(spec.kernel[1])
+        for p in range(segment.pixels)
+        if (p, kw) not in segment.skip
+    ]
     with T.serial(0, high - low) as step:
         kh = low + step
         ih = row + kh * spec.dilation[0]
-        for kw in range(spec.kernel[1]):
-            for p in range(segment.pixels):
-                if (p, kw) in segment.skip:
-                    continue
-                iw = left + p * spec.stride[1] + kw * spec.dilation[1]
-                with T.vectorized(0, block) as lane:
-                    x = access.x(n, cb * block + lane, ih, iw)
-                    slot = p * block + lane
-                    T.buffer_store(acc, fold(acc[slot], x, cb, kh, kw, lane), [slot])
+        for offset, p, kw in sorted(taps) if depthwise.by_column else taps:
+            with T.vectorized(0, block) as lane:
+                x = access.x(n, cb * block + lane, ih, left + offset)
+                slot = p * block + lane
+                T.buffer_store(acc, fold(acc[slot], x, cb, kh, kw, lane), [slot])
     if not access.heavy:
         for p in range(segment.pixels):
             with T.vectorized(0, block) as lane:

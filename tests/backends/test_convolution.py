@@ -95,6 +95,26 @@ def test_depthwise_uses_its_generator(kernel: int, threads: int) -> None:
     assert origins(program).count("depthwise") == 2
 
 
+def test_depthwise_by_column() -> None:
+    """NEON loads a tile's inputs one after the other: wide and narrow kernels, images narrower
+    than a tile, strides wider than the kernel."""
+    b = Builder(2)
+    x = b.conv(b.input(b.random(2, 3, 9, 31)), 13, (1, 1))
+    for kernel, stride, dilation in (
+        (3, 1, 1),
+        (3, 1, 2),
+        (3, 2, 1),
+        (5, 2, 2),
+        (11, 1, 1),
+        (1, 3, 1),
+    ):
+        y = b.conv(x, 13, (3, kernel), stride=[1, stride], padding=[1, kernel // 2],
+                   dilation=[1, dilation], groups=13)  # fmt: skip
+        b.returns(b.conv(b.op(aten.relu.default, y), 3, (1, 1)))
+    program = check(b, target="arm", tolerance=4e-6)
+    assert origins(program).count("depthwise") == 6
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize(
     ("kernel", "stride", "padding", "output_padding", "dilation"),
