@@ -90,14 +90,13 @@ def algorithm_of(generator: str) -> str:
     return f"F({winograd[1]})" if winograd else generator.split()[0]
 
 
-def own_flops(layer: Layer, name: str, flops: int) -> int:
+def own_flops(layer: Layer, name: str, flops: int, target: Target) -> int:
     """Operations of the kernel: Winograd's are those of its products."""
     spec = layer.conv_spec
     if name not in WINOGRAD or spec is None:
         return flops
-    m = WINOGRAD[name]
-    tiles = math.prod(-(-size // m) for size in spec.out_size)
-    return 2 * tiles * (m + winograd_plan.KERNEL - 1) ** 2 * spec.icg * spec.ocg
+    plans = winograd_plan.plans(spec, target.isa, target.l2_bytes, target.cores)
+    return next(2 * plan.multiply_adds for plan in plans if plan.m == WINOGRAD[name])
 
 
 def prepare(layer: Layer, choice: str | None, target: Target, folder: Path) -> Candidate:
@@ -109,7 +108,7 @@ def prepare(layer: Layer, choice: str | None, target: Target, folder: Path) -> C
     artifact = build_artifact(program, target, compile_kernels(program, target), folder)
     step = program.steps[number]
     generator = step.kernel.origin.removesuffix(TUNED)
-    flops = own_flops(layer, algorithm_of(generator), step.flops)
+    flops = own_flops(layer, algorithm_of(generator), step.flops, target)
     return Candidate(generator, flops, load(artifact.folder, 1), number)
 
 

@@ -153,11 +153,14 @@ def each(extent: int, lanes: int, body: Callable[[Expr], None]) -> None:
             body(full * lanes + i)
 
 
-def prefetch(element: Expr) -> None:
-    """Ask for the cache line of a buffer's element; one outside the buffer does no harm."""
-    read, second_level, data = (tirx.const(value, "int32") for value in (0, 2, 1))
+def prefetch(element: Expr, level: int = 2) -> None:
+    """Ask for the cache line of a buffer's element, into a level of the caches.
+
+    One outside the buffer does no harm.
+    """
+    read, locality, data = (tirx.const(value, "int32") for value in (0, 4 - level, 1))
     address = tirx.address_of(element)
-    T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, read, second_level, data))
+    T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, read, locality, data))
 
 
 def barrier() -> None:

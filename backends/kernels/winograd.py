@@ -16,6 +16,8 @@ measures both).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -31,6 +33,7 @@ from graphopt.backends.kernels.winograd_plan import (
     KERNEL,
     Matrix,
     WinogradPlan,
+    kept,
     transforms,
 )
 from graphopt.ops.opdef import Expr
@@ -39,88 +42,155 @@ from graphopt.ops.opdef import Expr
 def pack_weights(weight: npt.NDArray[Any], conv: WinogradPlan) -> npt.NDArray[np.float32]:
     """Transform `(oc, ic, 3, 3)` weights and pack them in the order in which tasks read them.
 
-    That is by tiles multiplied at once, place, tile, input channel, channel of the tile.
+    That is by tiles multiplied at once, place, part of the depth, tile, input channel, channel of
+    the tile.
     """
     _, g, _ = transforms(conv.m)
     matrix = np.array([[float(v) for v in row] for row in g])
     spectrum = np.einsum("ai,ocij,bj->aboc", matrix, weight.astype(np.float64), matrix)
-    places = spectrum.reshape(conv.places, *spectrum.shape[2:])
+    order = [place for each in conv.classes for place in each.places]
+    places = np.stack([spectrum[place] for place in order])
     width = conv.width
     padded = np.zeros((conv.places, conv.out_tiles * width, weight.shape[1]))
     padded[:, : weight.shape[0]] = places
     passes = conv.out_tiles // conv.at_once
-    tiled = padded.reshape(conv.places, passes, conv.at_once, width, -1).transpose(1, 0, 2, 4, 3)
+    shape = (conv.places, passes, conv.at_once, width, conv.depth_parts, -1)
+    tiled = padded.reshape(shape).transpose(1, 0, 4, 2, 5, 3)
     return np.ascontiguousarray(tiled, np.float32).ravel()
 
 
 def emit(conv: WinogradPlan, task: Expr, weights: Any, scratch: Any, access: Accessors) -> None:
     """Emit one task; `weights` is the flat TIR buffer of the packed weights."""
-    size, block = conv.cut.size, conv.block
+    block = conv.block
     inputs = T.decl_buffer((conv.places, conv.inputs_stride), "float32", data=scratch)
     products = T.decl_buffer(
         (conv.at_once, conv.places, conv.products_stride), "float32", data=scratch,
         elem_offset=conv.places * conv.inputs_stride,
     )  # fmt: skip
     part, group = unflatten(task, [conv.cut.count, conv.groups])
-    first = part * size
-    count = tirx.min(size, conv.cut.total - first)
-    extents = [conv.spec.batch, *conv.grid]
-    with loop(conv.in_blocks) as cb, T.serial(0, count) as t:
-        n, row, column = unflatten(first + t, extents)
-        _transform_input(conv, inputs, n, row * conv.m, column * conv.m, cb, t, access)
+    with loop(conv.in_blocks) as cb:
+        for tile in _tiles(conv, part):
+            _transform_input(conv, inputs, tile, cb, access)
     passes = conv.out_tiles // conv.groups // conv.at_once
     with loop(passes) as k:
         number = group * passes + k
         first_tile = number * conv.at_once
-        with loop(conv.places) as place, loop(conv.at_once) as j:
-            panel = (number * conv.places + place) * conv.at_once + j
-            _multiply(conv, inputs, products, weights, panel, j, place)
-        with loop(conv.at_once) as j, T.serial(0, count) as t, loop(conv.vectors) as v:
-            n, row, column = unflatten(first + t, extents)
-            channel = ((first_tile + j) * conv.vectors + v) * block
-            _transform_output(
-                conv, products, n, row * conv.m, column * conv.m, channel, j, t, v, access
-            )
+        before = 0
+        for each in conv.classes:
+            with (
+                loop(len(each.places)) as i, loop(conv.depth_parts) as depth,
+                loop(conv.at_once) as j,
+            ):  # fmt: skip
+                place = before + i
+                panel = (number * conv.places + place) * conv.depth_parts + depth
+                panel = panel * conv.at_once + j
+                tiles = conv.tiles_of(each)
+                _multiply(conv, tiles, inputs, products, weights, panel, j, place, depth)
+            before += len(each.places)
+        with loop(conv.at_once) as j:
+            for tile in _tiles(conv, part):
+                with loop(conv.vectors) as v:
+                    channel = ((first_tile + j) * conv.vectors + v) * block
+                    _transform_output(conv, products, tile, channel, j, v, access)
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """A tile, or all those that a loop around stands for.
+
+    Attributes:
+        n: the image.
+        row: where its outputs start.
+        column: likewise.
+        outputs: their extents.
+        fits: whether all of them are inside the image.
+        number: its number among a task's tiles that have a place (row, column).
+        places: the places of each axis that it has.
+    """
+
+    n: Expr
+    row: Expr
+    column: Expr
+    outputs: tuple[int, int]
+    fits: bool
+    number: Callable[[int, int], Expr]
+    places: tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def _tiles(conv: WinogradPlan, part: Expr) -> Iterator[_Tile]:
+    """A task's tiles: what the caller emits for each one is within loops over the others."""
+    m, size = conv.m, conv.cut.size
+    if not conv.images:
+        first = part * size
+        with T.serial(0, tirx.min(size, conv.cut.total - first)) as t:
+            n, row, column = unflatten(first + t, [conv.spec.batch, *conv.grid])
+            places = tuple(range(m + KERNEL - 1))
+            yield _Tile(n, row * m, column * m, (m, m), False, lambda i, j: t, (places, places))
+        return
+    columns = {place: each.columns for each in conv.classes for place in each.places}
+    rows = {place: each.rows for each in conv.classes for place in each.places}
+    for region in conv.regions:
+        with (
+            loop(conv.images) as image, loop(region.rows[1]) as y, loop(region.columns[1]) as x,
+        ):  # fmt: skip
+            row, column = region.rows[0] + y, region.columns[0] + x
+
+            def number(
+                i: int, j: int, image: Expr = image, row: Expr = row, column: Expr = column
+            ) -> Expr:
+                return (image * rows[i, j] + row) * columns[i, j] + column
+
+            high, wide = region.outputs
+            yield _Tile(part * conv.images + image, row * m, column * m, region.outputs, True,
+                        number, (kept(m, high), kept(m, wide)))  # fmt: skip
 
 
 def _transform_input(
-    conv: WinogradPlan, inputs: Any, n: Expr, row: Expr, column: Expr, cb: Expr, t: Expr,
-    access: Accessors,
-) -> None:  # fmt: skip
+    conv: WinogradPlan, inputs: Any, tile: _Tile, cb: Expr, access: Accessors
+) -> None:
     """Bᵀ d B of one block of channels of one tile, into scratch."""
     spec, block = conv.spec, conv.block
-    side = conv.m + KERNEL - 1
-    top, left = row - spec.padding[0], column - spec.padding[1]
-    _, _, b_t = transforms(conv.m)
+    high, wide = (extent + KERNEL - 1 for extent in tile.outputs)
+    top, left = tile.row - spec.padding[0], tile.column - spec.padding[1]
+    down, along = (transforms(conv.m, extent)[2] for extent in tile.outputs)
+    numbers = conv.numbers
+    if not tile.fits:
+        # Two tiles share a cache line at each place. Ask for those of the next two.
+        t = tile.number(0, 0)
+        with T.If(t % 2 == 0), T.Then():
+            for place in range(conv.places):
+                prefetch(inputs[place, (cb * conv.cut.size + t + 2) * block], level=1)
 
     def put(i: int, j: int, lane: Expr, value: Expr) -> None:
-        T.buffer_store(inputs, value, [i * side + j, (cb * conv.cut.size + t) * block + lane])
+        place = tile.places[0][i], tile.places[1][j]
+        where = (cb * conv.cut.size + tile.number(*place)) * block + lane
+        T.buffer_store(inputs, value, [numbers[place], where])
 
     inside = tirx.all(
-        top >= 0, left >= 0, top + side <= spec.in_size[0], left + side <= spec.in_size[1]
+        top >= 0, left >= 0, top + high <= spec.in_size[0], left + wide <= spec.in_size[1]
     )
     with T.If(inside):
         with T.Then():
-            tile = T.alloc_buffer((side * side * block,), "float32", scope="local")
-            for i in range(side):
-                for j in range(side):
+            whole = T.alloc_buffer((high * wide * block,), "float32", scope="local")
+            for i in range(high):
+                for j in range(wide):
                     with T.vectorized(0, block) as lane:
-                        value = access.x(n, cb * block + lane, top + i, left + j)
-                        T.buffer_store(tile, value, [(i * side + j) * block + lane])
-            _two_sided(b_t, tile, side, block, put)
+                        value = access.x(tile.n, cb * block + lane, top + i, left + j)
+                        T.buffer_store(whole, value, [(i * wide + j) * block + lane])
+            _two_sided(down, along, whole, block, put)
         with T.Else():
             # Indexed at run time, this tile stays in memory; the other one lives in registers.
-            border = T.alloc_buffer((side * side * block,), "float32", scope="local")
-            with T.serial(0, side * side) as place, T.vectorized(0, block) as lane:
+            border = T.alloc_buffer((high * wide * block,), "float32", scope="local")
+            with T.serial(0, high * wide) as place, T.vectorized(0, block) as lane:
                 T.buffer_store(border, f32(0.0), [place * block + lane])
             # Loops from 0: TVM computes other bounds with the wrong task number.
-            first_i, rows = _met(top, side, spec.in_size[0])
-            first_j, columns = _met(left, side, spec.in_size[1])
+            first_i, rows = _met(top, high, spec.in_size[0])
+            first_j, columns = _met(left, wide, spec.in_size[1])
             with loop(rows) as y, loop(columns) as x, T.vectorized(0, block) as lane:
                 i, j = first_i + y, first_j + x
-                value = access.x(n, cb * block + lane, top + i, left + j)
-                T.buffer_store(border, value, [(i * side + j) * block + lane])
-            _two_sided(b_t, border, side, block, put)
+                value = access.x(tile.n, cb * block + lane, top + i, left + j)
+                T.buffer_store(border, value, [(i * wide + j) * block + lane])
+            _two_sided(down, along, border, block, put)
 
 
 def _met(start: Expr, side: int, size: int) -> tuple[Expr, Expr]:
@@ -129,19 +199,19 @@ def _met(start: Expr, side: int, size: int) -> tuple[Expr, Expr]:
     return first, tirx.max(0, tirx.min(side, size - start) - first)
 
 
-def _two_sided(matrix: Matrix, tile: Any, side: int, block: int, put: Any) -> None:
-    """`matrix · tile · matrixᵀ`: down the columns into a second tile, then along its rows."""
-    rows = len(matrix)
-    half = T.alloc_buffer((rows * side * block,), "float32", scope="local")
+def _two_sided(down: Matrix, along: Matrix, tile: Any, block: int, put: Any) -> None:
+    """`down · tile · alongᵀ`: down the columns into a second tile, then along its rows."""
+    rows, columns = len(down), len(along[0])
+    half = T.alloc_buffer((rows * columns * block,), "float32", scope="local")
 
     def put_half(i: int, j: int, lane: Expr, value: Expr) -> None:
-        T.buffer_store(half, value, [(i * side + j) * block + lane])
+        T.buffer_store(half, value, [(i * columns + j) * block + lane])
 
-    for j in range(side):
-        _one_sided(matrix, block, lambda k, lane, j=j: tile[(k * side + j) * block + lane],
+    for j in range(columns):
+        _one_sided(down, block, lambda k, lane, j=j: tile[(k * columns + j) * block + lane],
                    lambda i, lane, value, j=j: put_half(i, j, lane, value))  # fmt: skip
     for i in range(rows):
-        _one_sided(matrix, block, lambda k, lane, i=i: half[(i * side + k) * block + lane],
+        _one_sided(along, block, lambda k, lane, i=i: half[(i * columns + k) * block + lane],
                    lambda j, lane, value, i=i: put(i, j, lane, value))  # fmt: skip
 
 
@@ -196,20 +266,18 @@ def _combine(coefficients: tuple[Fraction, ...], item: Any) -> Expr:
 
 
 def _multiply(
-    conv: WinogradPlan, inputs: Any, products: Any, weights: Any, panel: Expr, j: Expr,
-    place: Expr,
+    conv: WinogradPlan, tiles: int, inputs: Any, products: Any, weights: Any, panel: Expr, j: Expr,
+    place: Expr, part: Expr,
 ) -> None:  # fmt: skip
-    """The products of all tiles of the block with a panel of weights: one place, one tile.
+    """The products of a number of tiles with a panel of weights: one place, one channel tile.
 
     Meanwhile the next panel is asked for, each piece of tiles taking its share.
     """
-    parts = conv.depth_parts
-    cut = split(conv.cut.size, conv.pixels)
-    with loop(parts) as part:
-        for pixels, start, before, count in cut.kinds():
-            with loop(count) as i:
-                _product(conv, inputs, products, weights, panel, j, place, part,
-                         start + i * pixels, pixels, before + i, cut.count)  # fmt: skip
+    cut = split(tiles, conv.pixels)
+    for pixels, start, before, count in cut.kinds():
+        with loop(count) as i:
+            _product(conv, inputs, products, weights, panel, j, place, part,
+                     start + i * pixels, pixels, before + i, cut.count)  # fmt: skip
 
 
 def _product(
@@ -220,7 +288,7 @@ def _product(
     spec, block, vectors, width = conv.spec, conv.block, conv.vectors, conv.width
     full, rest = divmod(spec.icg, block)
     parts = conv.depth_parts
-    origin = panel * (spec.icg * width)
+    origin = panel * (spec.icg // parts * width)
     acc = T.alloc_buffer((pixels * width,), "float32", scope="local")
 
     def each_slot(body: Any) -> None:
@@ -244,77 +312,88 @@ def _product(
             with T.Else():
                 each_slot(lambda slot, place_: T.buffer_store(acc, products[tuple(place_)], [slot]))
 
-    def x(cb: Expr, p: int, ci: Expr) -> Expr:
-        return inputs[place, (cb * conv.cut.size + first + p) * block + ci]
+    def x(number: Expr, p: int, ci: Expr) -> Expr:
+        """An input of block `number` of this part."""
+        channels = part * (full // parts) + number
+        return inputs[place, (channels * conv.cut.size + first + p) * block + ci]
 
-    def four(cb: Expr, ci: Expr) -> None:
-        base = origin + (cb * block + ci) * width
+    def row(number: Expr, ci: Expr) -> Expr:
+        return origin + (number * block + ci) * width
+
+    def step(number: Expr, ci: Expr) -> None:
+        multiply(acc, weights, row(number, ci), block, range(pixels), vectors,
+                 lambda p: x(number, p, ci))  # fmt: skip
+
+    def four(number: Expr, ci: Expr) -> None:
         if conv.by_lane:
             # As in `conv_direct`: LLVM would load two fours at once, and spill.
             barrier()
-            multiply_by_lanes(acc, weights, base, width, block, range(pixels), vectors,
-                              lambda p, lane: x(cb, p, ci + lane))  # fmt: skip
+            multiply_by_lanes(acc, weights, row(number, ci), width, block, range(pixels), vectors,
+                              lambda p, lane: x(number, p, ci + lane))  # fmt: skip
             return
         for c in range(4):
-            step(cb, ci + c)
-
-    def step(cb: Expr, ci: Expr) -> None:
-        base = origin + (cb * block + ci) * width
-        multiply(acc, weights, base, block, range(pixels), vectors, lambda p: x(cb, p, ci))
+            step(number, ci + c)
 
     if full:
-        with loop(full // parts) as inner, loop(block // 4) as outer:
-            cb = part * (full // parts) + inner
+        with loop(full // parts) as number, loop(block // 4) as outer:
             if conv.streams:
-                ahead = spec.icg // parts + cb * block + outer * 4
+                ahead = spec.icg // parts + number * block + outer * 4
                 for line in range(0, 4 * width // LINE, pieces):
                     prefetch(weights[origin + ahead * width + (line + piece) * LINE])
-            four(cb, outer * 4)
-    if rest:
-        with T.If(part == parts - 1), T.Then():
-            for ci in range(rest):
-                step(tirx.const(full, "int32"), tirx.const(ci, "int32"))
+            four(number, outer * 4)
+    for ci in range(rest):
+        step(tirx.const(full, "int32"), tirx.const(ci, "int32"))
     each_slot(lambda slot, place_: T.buffer_store(products, acc[slot], place_))
 
 
 def _transform_output(
-    conv: WinogradPlan, products: Any, n: Expr, row: Expr, column: Expr, channel: Expr, j: Expr,
-    t: Expr, v: Expr, access: Accessors,
+    conv: WinogradPlan, products: Any, tile: _Tile, channel: Expr, j: Expr, v: Expr,
+    access: Accessors,
 ) -> None:  # fmt: skip
     """Aᵀ (…) A of one block of channels of one tile, the epilogue and the stores."""
-    spec, m, block = conv.spec, conv.m, conv.block
-    side = m + KERNEL - 1
-    a_t, _, _ = transforms(m)
+    spec, block = conv.spec, conv.block
+    high, wide = tile.outputs
+    down, along = (transforms(conv.m, extent)[0] for extent in tile.outputs)
+    numbers = conv.numbers
 
     def transform(put: Any) -> None:
-        tile = T.alloc_buffer((side * side * block,), "float32", scope="local")
-        for place in range(side * side):
+        every = [(i, k) for i in tile.places[0] for k in tile.places[1]]
+        whole = T.alloc_buffer((len(every) * block,), "float32", scope="local")
+        for slot, place in enumerate(every):
             with T.vectorized(0, block) as lane:
-                value = products[j, place, t * conv.width + v * block + lane]
-                T.buffer_store(tile, value, [place * block + lane])
-        _two_sided(a_t, tile, side, block, put)
+                where = tile.number(*place) * conv.width + v * block + lane
+                value = products[j, numbers[place], where]
+                T.buffer_store(whole, value, [slot * block + lane])
+        _two_sided(down, along, whole, block, put)
 
-    def store(i: int, k: int, lane: Expr, value: Expr) -> None:
-        access.store(n, channel + lane, row + i, column + k, value)
+    def store(i: Expr, k: Expr, lane: Expr, value: Expr) -> None:
+        access.store(tile.n, channel + lane, tile.row + i, tile.column + k, value)
 
     def store_some() -> None:
-        out = T.alloc_buffer((m * m * block,), "float32", scope="local")
+        out = T.alloc_buffer((high * wide * block,), "float32", scope="local")
 
         def put(i: int, k: int, lane: Expr, value: Expr) -> None:
-            T.buffer_store(out, value, [(i * m + k) * block + lane])
+            T.buffer_store(out, value, [(i * wide + k) * block + lane])
 
         transform(put)
-        rows = tirx.min(m, spec.out_size[0] - row)
-        columns = tirx.min(m, spec.out_size[1] - column)
+        rows: Expr = high
+        columns: Expr = wide
+        if not tile.fits:
+            rows = tirx.min(high, spec.out_size[0] - tile.row)
+            columns = tirx.min(wide, spec.out_size[1] - tile.column)
         with loop(rows) as y, loop(columns) as x, T.vectorized(0, block) as lane:
-            value = out[(y * m + x) * block + lane]
-            access.store(n, channel + lane, row + y, column + x, value)
+            store(y, x, lane, out[(y * wide + x) * block + lane])
 
     if access.heavy:
         store_some()
-        return
-    with T.If(tirx.all(row + m <= spec.out_size[0], column + m <= spec.out_size[1])):
-        with T.Then():
-            transform(store)
-        with T.Else():
-            store_some()
+    elif tile.fits:
+        transform(store)
+    else:
+        whole = tirx.all(
+            tile.row + high <= spec.out_size[0], tile.column + wide <= spec.out_size[1]
+        )
+        with T.If(whole):
+            with T.Then():
+                transform(store)
+            with T.Else():
+                store_some()

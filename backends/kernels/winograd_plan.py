@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
+from itertools import product
 from typing import Any
 
 from graphopt.backends.isa.base import Isa
@@ -24,7 +25,7 @@ _DIRECT_EFFICIENCY = 0.88
 _CHANNELS_AT_ONCE = 32
 """Output channels multiplied before going back to the first place: inputs are read less often."""
 _MOST_TILES = 48
-PANEL_BYTES = 8192
+PANEL_BYTES = 4096
 """Weights multiplied with all tiles before the next ones: they share the first-level cache with
 their inputs."""
 
@@ -32,34 +33,44 @@ Matrix = tuple[tuple[Fraction, ...], ...]
 
 
 @cache
-def transforms(m: int) -> tuple[Matrix, Matrix, Matrix]:
-    """The matrices Aᵀ (m × a), G (a × 3) and Bᵀ (a × a) with a = m + 2, as exact fractions.
+def transforms(m: int, outputs: int | None = None) -> tuple[Matrix, Matrix, Matrix]:
+    """The matrices Aᵀ (r × a), G (a × 3) and Bᵀ (a × a) with r outputs, a = r + 2, exactly.
 
     Evaluation at the finite points and at infinity, and the interpolation back; the transposition
     principle turns the product of polynomials into the correlation that a convolution layer is.
+    With fewer outputs than m a tile uses the first r + 1 points of F(m) and infinity (see `kept`),
+    with weights that were transformed for F(m): what their scale differs by is put into Bᵀ.
     """
-    points = [Fraction(p) for p in _POINTS[m]]
-    size = m + KERNEL - 1
-    scales = [_product(p - q for q in points if q != p) for p in points]
+    r = m if outputs is None else outputs
+    size = r + KERNEL - 1
+    whole = [Fraction(p) for p in _POINTS[m]]
+    points = whole[: size - 1]
+
+    def scale(point: Fraction, among: list[Fraction]) -> Fraction:
+        return _multiplied(point - q for q in among if q != point)
 
     def powers(count: int) -> list[list[Fraction]]:
         finite = [[p**k for k in range(count)] for p in points]
         return [*finite, [Fraction(int(k == count - 1)) for k in range(count)]]
 
-    a_t = tuple(zip(*powers(m), strict=True))
-    g = [
-        tuple(value / scale for value in row)
-        for row, scale in zip(powers(KERNEL), [*scales, Fraction(1)], strict=True)
-    ]
+    a_t = tuple(zip(*powers(r), strict=True))
+    scales = [*(scale(p, whole) for p in points), Fraction(1)]
+    g = [tuple(v / by for v in row) for row, by in zip(powers(KERNEL), scales, strict=True)]
     rows: list[tuple[Fraction, ...]] = []
-    for i in range(size - 1):
+    for i, p in enumerate(points):
         others = _polynomial([q for k, q in enumerate(points) if k != i])
-        rows.append((*others, *[Fraction(0)] * (size - len(others))))
+        by = scale(p, whole) / scale(p, points)
+        rows.append((*(by * c for c in others), *[Fraction(0)] * (size - len(others))))
     rows.append(tuple(_polynomial(points)))
     return a_t, tuple(g), tuple(rows)
 
 
-def _product(values: Any) -> Fraction:
+def kept(m: int, outputs: int) -> tuple[int, ...]:
+    """Which of the m + 2 places of F(m) a tile with so many outputs has."""
+    return (*range(outputs + 1), m + 1)
+
+
+def _multiplied(values: Any) -> Fraction:
     result = Fraction(1)
     for value in values:
         result *= value
@@ -77,6 +88,24 @@ def _polynomial(roots: list[Fraction]) -> list[Fraction]:
 
 
 @dataclass(frozen=True)
+class Region:
+    """Tiles of an image with as many outputs: (first, count) of rows and of columns."""
+
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+    outputs: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class PlaceClass:
+    """Places, (row, column) in a tile, that the same tiles have: `rows × columns` of an image."""
+
+    places: tuple[tuple[int, int], ...]
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True)
 class WinogradPlan:
     """The choices for one convolution.
 
@@ -86,6 +115,8 @@ class WinogradPlan:
         block: channels per block.
         grid: rows and columns of tiles in one image.
         cut: the tiles of all images, cut into blocks for the tasks.
+        images: whole images in a task, whose last tiles are smaller where the image ends earlier;
+            0 where tasks take any tiles, all of one size.
         vectors: channel blocks in one register tile.
         pixels: tiles in one register tile.
         at_once: register tiles of channels multiplied together.
@@ -99,6 +130,7 @@ class WinogradPlan:
     block: int
     grid: tuple[int, int]
     cut: Split
+    images: int
     vectors: int
     pixels: int
     at_once: int
@@ -109,7 +141,57 @@ class WinogradPlan:
     @property
     def places(self) -> int:
         """Transformed places of a tile."""
-        return (self.m + KERNEL - 1) ** 2
+        return sum(len(each.places) for each in self.classes)
+
+    def last(self, axis: int) -> int:
+        """Outputs of the last tile of rows (axis 0) or columns (1)."""
+        if not self.images:
+            return self.m
+        return self.spec.out_size[axis] - (self.grid[axis] - 1) * self.m
+
+    @property
+    def regions(self) -> list[Region]:
+        """The tiles of an image by their outputs."""
+        cuts = []
+        for axis, size in enumerate(self.grid):
+            whole = size - (self.last(axis) < self.m)
+            pieces = ((0, whole, self.m), (whole, size - whole, self.last(axis)))
+            cuts.append([piece for piece in pieces if piece[1]])
+        return [
+            Region((y, rows), (x, columns), (high, wide))
+            for y, rows, high in cuts[0]
+            for x, columns, wide in cuts[1]
+        ]  # fmt: skip
+
+    @property
+    def classes(self) -> list[PlaceClass]:
+        """The places by the tiles that have them, in the order in which they are numbered."""
+        found: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        side = self.m + KERNEL - 1
+        rows, columns = (
+            [size - (place not in kept(self.m, self.last(axis))) for place in range(side)]
+            for axis, size in enumerate(self.grid)
+        )
+        for i, j in product(range(side), repeat=2):
+            found.setdefault((rows[i], columns[j]), []).append((i, j))
+        return [
+            PlaceClass(tuple(places), *tiles) for tiles, places in found.items() if all(tiles)
+        ]  # fmt: skip
+
+    @property
+    def numbers(self) -> dict[tuple[int, int], int]:
+        """The number of each place."""
+        return {p: n for n, p in enumerate(q for each in self.classes for q in each.places)}
+
+    def tiles_of(self, places: PlaceClass) -> int:
+        """Tiles of a task that have these places."""
+        return self.images * places.rows * places.columns if self.images else self.cut.size
+
+    @property
+    def multiply_adds(self) -> int:
+        """Those of the products, without the transforms."""
+        tiles = sum(len(each.places) * self.tiles_of(each) for each in self.classes)
+        return self.cut.count * tiles * self.spec.icg * self.spec.ocg
 
     @property
     def in_blocks(self) -> int:
@@ -134,8 +216,11 @@ class WinogradPlan:
     @property
     def depth_parts(self) -> int:
         """Equal parts the input channels are multiplied in: a panel of weights stays in L1."""
-        full = self.spec.icg // self.block
-        most = PANEL_BYTES // (self.width * self.block * 4)
+        full, rest = divmod(self.spec.icg, self.block)
+        block_bytes = self.width * self.block * 4
+        if rest or full * block_bytes <= 2 * PANEL_BYTES:
+            return 1
+        most = PANEL_BYTES // block_bytes
         return next((n for n in range(1, full + 1) if full % n == 0 and full // n <= most), 1)
 
     @property
@@ -209,15 +294,22 @@ def _candidates(spec: ConvSpec, isa: Isa, l2_bytes: int) -> Iterator[WinogradPla
         grid = (-(-spec.out_size[0] // m), -(-spec.out_size[1] // m))
         tiles = spec.batch * grid[0] * grid[1]
         streams = (m + KERNEL - 1) ** 2 * spec.icg * blocks * block * 4 > l2_bytes // 2
-        cuts = {split(tiles, min(tiles, size)) for size in range(pixels, _MOST_TILES + 1, pixels)}
+        sizes = range(pixels, _MOST_TILES + 1, pixels)
+        cuts = {(split(tiles, min(tiles, size)), 0) for size in sizes}
+        if any(size % m for size in spec.out_size):
+            whole = {n for n in range(1, spec.batch + 1) if spec.batch % n == 0}
+            cuts |= {
+                (split(tiles, n * tiles // spec.batch), n)
+                for n in whole if n * tiles // spec.batch <= _MOST_TILES
+            }  # fmt: skip
         for groups in range(1, out_tiles + 1):
             per_group = out_tiles // groups
             if out_tiles % groups or (groups > 1 and per_group * vectors * block < 64):
                 continue
             at_once = max(k for k in range(1, most + 1) if per_group % k == 0)
-            for cut in sorted(cuts, key=lambda c: c.size):
+            for cut, images in sorted(cuts, key=lambda c: (c[0].size, c[1])):
                 yield WinogradPlan(
-                    spec, m, block, grid, cut, vectors, pixels, at_once, groups, streams,
+                    spec, m, block, grid, cut, images, vectors, pixels, at_once, groups, streams,
                     isa.lane_operand,
                 )  # fmt: skip
 
@@ -244,12 +336,12 @@ def cost(conv: WinogradPlan, isa: Isa, l2_bytes: int) -> float:
     spec = conv.spec
     lanes = isa.lanes()
     width = max(1, conv.block // lanes)
-    pieces = split(conv.cut.size, conv.pixels)
-    steps = pieces.large * step_time(width * conv.vectors, pieces.size, isa)
-    if pieces.count > pieces.large:
-        small = step_time(width * conv.vectors, pieces.size - 1, isa)
-        steps += (pieces.count - pieces.large) * small
-    products = conv.cut.count * conv.places * spec.icg * conv.out_tiles * steps
+    steps = 0.0
+    for each in conv.classes:
+        pieces = split(conv.tiles_of(each), conv.pixels)
+        for pixels, _, _, count in pieces.kinds():
+            steps += len(each.places) * count * step_time(width * conv.vectors, pixels, isa)
+    products = conv.cut.count * spec.icg * conv.out_tiles * steps
 
     channels = conv.out_tiles * conv.width
     weights = conv.places * spec.icg * channels * 4

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,19 +18,24 @@ from graphopt.backends.target import get_target
 from tests.backends.harness import Builder, aten, check, origins
 
 
-@pytest.mark.parametrize("m", [2, 4])
-def test_transforms_are_exact_over_the_rationals(m: int) -> None:
-    """Aᵀ (G g ⊙ Bᵀ d) is the correlation, for every unit vector, without rounding."""
-    a_t, g, b_t = winograd.transforms(m)
+@pytest.mark.parametrize(("m", "outputs"), [(m, r) for m in (2, 4) for r in range(1, m + 1)])
+def test_transforms_are_exact_over_the_rationals(m: int, outputs: int) -> None:
+    """Aᵀ (G g ⊙ Bᵀ d) is the correlation, for every unit vector, without rounding.
+
+    Smaller tiles use weights that were transformed for the whole one.
+    """
+    a_t, g, b_t = winograd.transforms(m, outputs)
+    whole = winograd.transforms(m)[1]
+    assert list(g) == [whole[place] for place in winograd.kept(m, outputs)]
     for i in range(3):
-        for j in range(m + 2):
+        for j in range(outputs + 2):
             weight = [row[i] for row in g]
             data = [row[j] for row in b_t]
             result = [
                 sum((a * w * d for a, w, d in zip(row, weight, data, strict=True)), Fraction(0))
                 for row in a_t
             ]
-            assert result == [Fraction(int(j == k + i)) for k in range(m)]
+            assert result == [Fraction(int(j == k + i)) for k in range(outputs)]
 
 
 def _error(points: tuple[object, ...], monkeypatch: pytest.MonkeyPatch) -> float:
@@ -80,6 +87,41 @@ def test_any_size(cases: list[tuple[int, ...]]) -> None:
             assert origins(program)[1] == "winograd"
             patch.undo()
             patch.setattr(winograd, "direct_cost", lambda *_: float("inf"))
+
+
+@pytest.mark.parametrize(
+    ("target", "threads", "batch", "height", "width", "m"),
+    [
+        ("host", 1, 1, 14, 14, 4), ("host", 2, 3, 7, 7, 2), ("host", 1, 2, 13, 15, 4),
+        ("host", 1, 4, 3, 9, 4), ("host", 2, 2, 8, 5, 4), ("arm", 1, 1, 14, 11, 4),
+        ("arm", 2, 2, 7, 6, 2),
+    ],
+)  # fmt: skip
+def test_smaller_tiles_where_the_image_ends(
+    target: str, threads: int, batch: int, height: int, width: int, m: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    candidates = winograd._candidates
+    found: list[winograd.WinogradPlan] = []
+
+    def only(*sizes: Any) -> Iterator[winograd.WinogradPlan]:
+        for plan in candidates(*sizes):
+            if plan.images and plan.m == m:
+                found.append(plan)
+                yield plan
+
+    monkeypatch.setattr(winograd, "_candidates", only)
+    monkeypatch.setattr(winograd, "direct_cost", lambda *_: float("inf"))
+    b = Builder(height)
+    x = b.conv(b.input(b.random(batch, 3, height, width)), 40, (1, 1))
+    y = b.op(aten.relu.default, b.conv(x, 72, (3, 3), padding=1))
+    z = b.op(aten.silu.default, b.conv(y, 24, (3, 3), padding=1))
+    b.returns(b.conv(z, 4, (1, 1)))
+    program = check(b, tolerance=2e-5, target=target, threads=threads)
+    assert origins(program)[1:3] == ["winograd", "winograd"]
+    for plan in found:
+        whole = plan.grid[0] * plan.grid[1] * (m + 2) ** 2 * batch * plan.spec.icg * plan.spec.ocg
+        assert plan.multiply_adds < whole
 
 
 @pytest.mark.parametrize("threads", [1, 2])
