@@ -25,6 +25,8 @@ _DIRECT_EFFICIENCY = 0.88
 _CHANNELS_AT_ONCE = 32
 """Output channels multiplied before going back to the first place: inputs are read less often."""
 _MOST_TILES = 48
+_MOST_OF_IMAGES = 64
+"""Tiles in a task; of whole images more, since their last tiles save up to a quarter."""
 PANEL_BYTES = 4096
 """Weights multiplied with all tiles before the next ones: they share the first-level cache with
 their inputs."""
@@ -300,7 +302,7 @@ def _candidates(spec: ConvSpec, isa: Isa, l2_bytes: int) -> Iterator[WinogradPla
             whole = {n for n in range(1, spec.batch + 1) if spec.batch % n == 0}
             cuts |= {
                 (split(tiles, n * tiles // spec.batch), n)
-                for n in whole if n * tiles // spec.batch <= _MOST_TILES
+                for n in whole if n * tiles // spec.batch <= _MOST_OF_IMAGES
             }  # fmt: skip
         for groups in range(1, out_tiles + 1):
             per_group = out_tiles // groups
