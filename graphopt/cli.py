@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from graphopt.cli_output import (
+    Inputs,
     Json,
     Progress,
     fail,
@@ -105,14 +106,7 @@ def compile_command(
     target: Annotated[
         str, typer.Option(help="What to build for: see `graphopt targets`.")
     ] = "host",
-    inputs: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--input",
-            metavar="NAME:1x3x224x224[:dtype]",
-            help="Shape of an input; needed where the model leaves it open. Repeatable.",
-        ),
-    ] = None,
+    inputs: Inputs = None,
     name: Annotated[str, typer.Option(help="Prefix of the library's symbols and files.")] = "model",
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads the library uses by default (1).")
@@ -134,12 +128,9 @@ def compile_command(
     as_json: Json = False,
 ) -> None:
     """Compile a model to a folder: a library, its C header, a manifest and a Python loader."""
-    from graphopt.cli_inputs import example_inputs, parse_specs
+    from graphopt.cli_inputs import example_inputs, read_specs
 
-    try:
-        specs = parse_specs(inputs or [])
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--input") from error
+    specs = read_specs(inputs)
     with Progress() as progress:
         progress("start")
         # Only now: importing torch and tvm takes seconds, and the user should see why they wait.

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import typer
 
 from graphopt.errors import InputError
 
@@ -26,6 +27,18 @@ class InputSpec:
     name: str
     shape: tuple[int, ...]
     dtype: str | None
+
+
+def read_specs(texts: Sequence[str] | None) -> list[InputSpec]:
+    """`parse_specs` of an option `Inputs`.
+
+    Raises:
+        typer.BadParameter: as there.
+    """
+    try:
+        return parse_specs(texts or [])
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--input") from error
 
 
 def parse_specs(texts: Sequence[str]) -> list[InputSpec]:

@@ -15,6 +15,14 @@ from rich.text import Text
 from graphopt.runtime.profile import KindTime, StepTime, Work, gbytes, gflops
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else.")]
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        metavar="NAME:1x3x224x224[:dtype]",
+        help="Shape of an input; needed where the model leaves it open. Repeatable.",
+    ),
+]
 
 _STAGES = {
     "start": "loading PyTorch and TVM",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from graphopt.cli_output import (
+    Inputs,
     Json,
     Progress,
     place_text,
@@ -30,14 +31,7 @@ def tune_command(
     target: Annotated[
         str, typer.Option(help="What to build for; this machine must be able to run it.")
     ] = "host",
-    inputs: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--input",
-            metavar="NAME:1x3x224x224[:dtype]",
-            help="Shape of an input; needed where the model leaves it open. Repeatable.",
-        ),
-    ] = None,
+    inputs: Inputs = None,
     seconds: Annotated[
         float | None, typer.Option(min=0, help="Stop after this time (default: when all is done).")
     ] = None,
@@ -46,12 +40,9 @@ def tune_command(
     as_json: Json = False,
 ) -> None:
     """Measure each kernel's configurations here; `compile --tune FILE` takes the fastest."""
-    from graphopt.cli_inputs import example_inputs, parse_specs
+    from graphopt.cli_inputs import example_inputs, read_specs
 
-    try:
-        specs = parse_specs(inputs or [])
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--input") from error
+    specs = read_specs(inputs)
     with Progress() as progress:
         progress("start")
         # Only now: importing torch and tvm takes seconds, and the user should see why they wait.
