@@ -14,9 +14,8 @@ rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.isa.base import Isa
 from graphopt.backends.kernels.builder import barrier, f32, loop, prefetch, unflatten
+from graphopt.backends.kernels.lanes import QUAD, Tap, multiply_by_lanes, multiply_row
 from graphopt.backends.kernels.tiling import (
     LINE,
     Split,
@@ -39,8 +39,6 @@ from graphopt.ops.math import share
 from graphopt.ops.opdef import Expr
 
 MAX_UNROLLED_KERNEL = 11
-QUAD = 4
-"""Channels of a pixel that one load takes where multiply-adds take a lane."""
 _TARGET_STEPS = 1 << 15
 """Register-tile steps worth one task; keeps the task loop's cost below a percent."""
 
@@ -114,7 +112,20 @@ class Segment:
 
 @dataclass(frozen=True)
 class ConvPlan:
-    """All the choices made for one convolution."""
+    """All the choices made for one convolution.
+
+    Attributes:
+        spec: the convolution.
+        block: channels per block.
+        channels: the blocks of output channels, cut into tiles.
+        segments: the tiles of a row.
+        tiles: how many those are.
+        tiles_per_task: tiles of a row that make a task.
+        channels_outer: whether tiles of channels change after rows.
+        by_lane: whether multiply-adds take one lane of a vector.
+        by_row: whether the kernel's columns are innermost, as neighbouring columns of the input are
+            loaded at once.
+    """
 
     spec: ConvSpec
     block: int
@@ -124,6 +135,7 @@ class ConvPlan:
     tiles_per_task: int
     channels_outer: bool
     by_lane: bool
+    by_row: bool = False
 
     @property
     def row_tasks(self) -> int:
@@ -179,14 +191,19 @@ def row_segments(spec: ConvSpec, pixels: int) -> tuple[Segment, ...]:
     return tuple(segments)
 
 
-def plans(spec: ConvSpec, isa: Isa, l2_bytes: int) -> tuple[ConvPlan, ...]:
-    """The plans with the best register tiles, the best first."""
+def plans(spec: ConvSpec, isa: Isa, l2_bytes: int, *, plain: bool = False) -> tuple[ConvPlan, ...]:
+    """The plans with the best register tiles, the best first; see `plan`."""
     tiles = best_tiles(-(-spec.ocg // isa.block), spec.out_size[1], isa, isa.block)
-    return tuple(plan(spec, isa, l2_bytes, tile) for tile in tiles)
+    return tuple(plan(spec, isa, l2_bytes, tile, plain=plain) for tile in tiles)
 
 
-def plan(spec: ConvSpec, isa: Isa, l2_bytes: int, tile: Tile | None = None) -> ConvPlan:
-    """Choose the tile, if none is given, the order and the size of tasks."""
+def plan(
+    spec: ConvSpec, isa: Isa, l2_bytes: int, tile: Tile | None = None, *, plain: bool = False
+) -> ConvPlan:
+    """Choose the tile, if none is given, the order and the size of tasks.
+
+    `plain` says that neighbouring columns of the input are neighbours in memory.
+    """
     block = isa.block
     blocks = -(-spec.ocg // block)
     tile = tile or choose_tile(blocks, spec.out_size[1], isa, block)
@@ -200,8 +217,16 @@ def plan(spec: ConvSpec, isa: Isa, l2_bytes: int, tile: Tile | None = None) -> C
     channels_outer = weights > l2_bytes // 2
     if channels_outer:
         tiles_per_task = min(tiles, max(tiles_per_task, 4))
+    by_row = plain and isa.lane_operand and _unrolled_columns(spec) > 0
     return ConvPlan(spec, block, channels, segments, tiles, tiles_per_task, channels_outer,
-                    isa.lane_operand)  # fmt: skip
+                    isa.lane_operand, by_row)  # fmt: skip
+
+
+def _unrolled_columns(spec: ConvSpec) -> int:
+    """Kernel columns to unroll where columns are innermost; 0 if it cannot be done."""
+    if spec.kernel[1] <= MAX_UNROLLED_KERNEL:
+        return spec.kernel[1]
+    return QUAD if spec.kernel[1] % QUAD == 0 and not _pads_columns(spec) else 0
 
 
 def cost(conv: ConvPlan, isa: Isa) -> float:
@@ -225,7 +250,8 @@ def pack_weights(weight: npt.NDArray[Any], conv: ConvPlan) -> npt.NDArray[np.flo
     """Pack `(groups·ocg, icg, KH, KW)` weights in the order the inner loop reads them.
 
     Per group and tile of output channels: kernel column, input channels in blocks, kernel row,
-    channel in the block, output channel in the tile. Missing output channels are zero.
+    channel in the block, output channel in the tile. Missing output channels are zero. With
+    `by_row`: input channel, kernel row, kernel column, output channel.
     """
     spec, block = conv.spec, conv.block
     kh, kw = spec.kernel
@@ -239,6 +265,9 @@ def pack_weights(weight: npt.NDArray[Any], conv: ConvPlan) -> npt.NDArray[np.flo
             vectors = conv.channels.size - (t >= conv.channels.large)
             rows = grouped[group, first * block : (first + vectors) * block]
             first += vectors
+            if conv.by_row:
+                pieces.append(rows.transpose(1, 2, 3, 0).ravel())
+                continue
             for column in range(kw):
                 for c in range(0, spec.icg, block):
                     part = rows[:, c : c + block, :, column]
@@ -384,7 +413,14 @@ def _tile(
 
     # Neighbouring kernel columns read the same pixels. They are kept in loops of their own, or
     # LLVM would hold the shared pixels in registers and spill accumulators instead.
-    if segment.skip:
+    if conv.by_row:
+        _multiply_rows(
+            conv, segment, acc, weights, origin, vectors, low, high,
+            lambda c, kh, column: access.x(
+                n, g * spec.icg + c, row + kh * spec.dilation[0], left + column
+            ),
+        )  # fmt: skip
+    elif segment.skip:
         for kw in range(kernel_w):
             skipped = frozenset(p for p, column_ in segment.skip if column_ == kw)
             if len(skipped) < pixels:
@@ -395,39 +431,37 @@ def _tile(
     finish(spec, block, acc, pixels, vectors, n, g, lambda p: (oh, column + p), tile_block, access)
 
 
-def multiply_by_lanes(
-    acc: Any, weights: Any, base: Expr, width: int, block: int, pixels: Sequence[int], vectors: int,
-    x: Callable[[int, Expr], Expr],
+def _multiply_rows(
+    conv: ConvPlan, segment: Segment, acc: Any, weights: Any, origin: Expr, vectors: int,
+    low: Expr, high: Expr, x: Callable[[Expr, Expr, Expr], Expr],
 ) -> None:  # fmt: skip
-    """Multiply and add four channels, for instruction sets that multiply by one lane of a vector.
+    """All products of a tile, for `by_row`; `x` takes channel, kernel row and tile's column."""
+    spec, width = conv.spec, vectors * conv.block
+    kernel_h, kernel_w = spec.kernel
+    unrolled = _unrolled_columns(spec)
+    taps = [
+        Tap(kw, p, p * spec.stride[1] + kw * spec.dilation[1])
+        for kw in range(unrolled)
+        for p in range(segment.pixels)
+        if (p, kw) not in segment.skip
+    ]
+    if not taps:
+        return
 
-    One load takes all four of a pixel; on its own LLVM would load them one by one. `x` gives a
-    pixel's input by channel, counted from the first of the four, whose weights begin at `base`,
-    `width` of them for each.
-    """
-    inputs = T.alloc_buffer(((pixels[-1] + 1) * QUAD,), "float32", scope="local")
-    for p in pixels:
-        with T.vectorized(0, QUAD) as lane:
-            T.buffer_store(inputs, x(p, lane), [p * QUAD + lane])
+    def row(c: Expr, kh: Expr, first: Expr) -> None:
+        base = origin + ((c * kernel_h + kh) * kernel_w + first) * width
+        multiply_row(acc, weights, base, width, conv.block, taps, vectors,
+                     lambda offset: x(c, kh, first * spec.dilation[1] + offset))  # fmt: skip
 
-    def channel(c: int, p: int) -> Expr:
-        return inputs[p * QUAD + c]
-
-    for c in range(QUAD):
-        multiply(acc, weights, base + c * width, block, pixels, vectors, partial(channel, c))
-
-
-def multiply(
-    acc: Any, weights: Any, base: Expr, block: int, pixels: Sequence[int], vectors: int,
-    x: Callable[[int], Expr],
-) -> None:  # fmt: skip
-    """Multiply and add one channel of some pixels of a tile; its weights begin at `base`."""
-    for p in pixels:
-        value = x(p)
-        for v in range(vectors):
-            with T.vectorized(0, block) as lane:
-                slot = (p * vectors + v) * block + lane
-                T.buffer_store(acc, acc[slot] + value * weights[base + v * block + lane], [slot])
+    # A single column is little for a turn of the loop.
+    together = QUAD if spec.kernel == (1, 1) and spec.icg % QUAD == 0 else 1
+    with (
+        loop(spec.icg // together) as outer,
+        loop(high - low) as i,
+        loop(kernel_w // unrolled) as part,
+    ):
+        for c in range(together):
+            row(outer * together + c, low + i, part * unrolled)
 
 
 def kernel_rows(spec: ConvSpec, row: Expr) -> tuple[Expr, Expr]:

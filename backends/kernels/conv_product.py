@@ -45,10 +45,13 @@ def products(spec: ConvSpec, target: Target, *, may_gather: bool = True) -> list
         spec: the convolution.
         target: what to build for.
         may_gather: whether neighbouring channels of the input are neighbours in memory, so that it
-            can be gathered in vectors.
+            can be gathered in vectors; if not, its columns are.
     """
     isa = target.isa
-    direct = [_direct(plan, target) for plan in conv_direct.plans(spec, isa, target.l2_bytes)]
+    direct = [
+        _direct(plan, target)
+        for plan in conv_direct.plans(spec, isa, target.l2_bytes, plain=not may_gather)
+    ]
     plans = conv_deep.plans(spec, isa, target.l2_bytes)
     if not plans or (plans[0].gathers and not may_gather):
         return direct

@@ -206,6 +206,30 @@ def test_lanes_of_four_channels(channels: int) -> None:
     assert origins(program).count("conv_direct") == 10
 
 
+def test_lanes_of_four_columns() -> None:
+    """NEON takes the columns of a plain image in fours: tiles of every width, images of fewer than
+    four columns, kernels in one piece and in several, all of a tile in the padding."""
+    b = Builder(11)
+    x = b.input(b.random(2, 6, 11, 29))
+    narrow = b.input(b.random(2, 3, 5, 3))
+    for image, channels, kernel, options in (
+        (x, 16, (3, 3), {"stride": 2, "padding": 1}),
+        (x, 20, (7, 7), {"stride": 2, "padding": 3}),
+        (x, 24, (2, 3), {"dilation": [2, 3], "padding": [1, 5]}),
+        (x, 10, (3, 11), {"stride": [1, 4], "padding": [0, 5], "groups": 2}),
+        (x, 8, (3, 16), {"stride": [2, 3]}),
+        (x, 8, (3, 16), {"stride": [2, 3], "padding": 7}),
+        (x, 9, (1, 1), {"padding": [1, 11]}),
+        (x, 40, (4, 4), {"stride": 4}),
+        (narrow, 16, (3, 3), {"padding": 1}),
+        (narrow, 7, (1, 2), {"padding": 2}),
+        (narrow, 8, (2, 3), {}),
+    ):
+        b.returns(b.conv(image, channels, kernel, **options))  # type: ignore[arg-type]
+    program = check(b, target="arm", tolerance=4e-6)
+    assert set(origins(program)) == {"conv_direct"}
+
+
 def test_blocks_of_sixteen() -> None:
     """AVX-512's layout and tiles, compiled for AVX2: LLVM halves the vectors, so it runs here."""
     b = Builder(10)

@@ -1,0 +1,123 @@
+"""The multiply-adds of a register tile, and how to load four of its inputs at once.
+
+Where an instruction multiplies by one lane of a vector, inputs that are neighbours in memory come
+in fours: channels of a pixel where they lie in blocks, columns of a row in a plain image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from operator import attrgetter
+from typing import Any
+
+from tvm.tirx.script.builder import ir as T
+
+from graphopt.backends.kernels.builder import barrier, loop
+from graphopt.ops.opdef import Expr
+
+QUAD = 4
+"""Inputs that one load takes where multiply-adds take a lane."""
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One product of a tile: a kernel column and a pixel, and the image column they meet in."""
+
+    kernel_column: int
+    pixel: int
+    column: int
+
+
+def multiply(
+    acc: Any, weights: Any, base: Expr, block: int, pixels: Sequence[int], vectors: int,
+    x: Callable[[int], Expr],
+) -> None:  # fmt: skip
+    """Multiply and add one channel of some pixels of a tile; its weights begin at `base`."""
+    for p in pixels:
+        value = x(p)
+        for v in range(vectors):
+            with T.vectorized(0, block) as lane:
+                slot = (p * vectors + v) * block + lane
+                T.buffer_store(acc, acc[slot] + value * weights[base + v * block + lane], [slot])
+
+
+def multiply_by_lanes(
+    acc: Any, weights: Any, base: Expr, width: int, block: int, pixels: Sequence[int], vectors: int,
+    x: Callable[[int, Expr], Expr],
+) -> None:  # fmt: skip
+    """Multiply and add four channels, for instruction sets that multiply by one lane of a vector.
+
+    One load takes all four of a pixel; on its own LLVM would load them one by one. `x` gives a
+    pixel's input by channel, counted from the first of the four, whose weights begin at `base`,
+    `width` of them for each.
+    """
+    inputs = T.alloc_buffer(((pixels[-1] + 1) * QUAD,), "float32", scope="local")
+    for p in pixels:
+        with T.vectorized(0, QUAD) as lane:
+            T.buffer_store(inputs, x(p, lane), [p * QUAD + lane])
+
+    def channel(c: int, p: int) -> Expr:
+        return inputs[p * QUAD + c]
+
+    for c in range(QUAD):
+        multiply(acc, weights, base + c * width, block, pixels, vectors, partial(channel, c))
+
+
+def multiply_row(
+    acc: Any, weights: Any, base: Expr, width: int, block: int, taps: Sequence[Tap], vectors: int,
+    x: Callable[[Expr], Expr],
+) -> None:  # fmt: skip
+    """Multiply and add one row of the kernel for one channel of a plain image.
+
+    `x` gives the input by image column. The weights of kernel column 0 begin at `base`; each column
+    has `width`.
+    """
+    columns = [tap.column for tap in taps]
+    last = max(columns)
+    lanes = QUAD if last - min(columns) >= QUAD - 1 else 1
+    for number, part in enumerate(_parts(taps, last, lanes)):
+        if number:
+            # LLVM would begin with the loads of all parts, and spill.
+            barrier()
+        starts = _starts(part, last, lanes)
+        inputs = T.alloc_buffer((len(starts) * lanes,), "float32", scope="local")
+        places: dict[int, int] = {}
+        for i, start in enumerate(starts):
+            with loop(lanes, "vectorized") as lane:
+                T.buffer_store(inputs, x(start + lane), [i * lanes + lane])
+            places |= {start + lane: i * lanes + lane for lane in range(lanes)}
+        for kernel_column, group in groupby(part, attrgetter("kernel_column")):
+            at = {tap.pixel: places[tap.column] for tap in group}
+            multiply(acc, weights, base + kernel_column * width, block, [*at], vectors,
+                     partial(_element, inputs, at))  # fmt: skip
+
+
+def _element(inputs: Any, places: Mapping[int, int], pixel: int) -> Expr:
+    return inputs[places[pixel]]
+
+
+def _starts(taps: Iterable[Tap], last: int, lanes: int) -> list[int]:
+    """Where loads of `lanes` columns begin that take all columns and none behind the last."""
+    starts: list[int] = []
+    for column in sorted({tap.column for tap in taps}):
+        if not starts or column >= starts[-1] + lanes:
+            starts.append(min(column, last - lanes + 1))
+    return starts
+
+
+def _parts(taps: Sequence[Tap], last: int, lanes: int) -> list[list[Tap]]:
+    """Whole kernel columns at a time, with no more loads than the tile has pixels.
+
+    That many registers are free: see `tiling.fits`.
+    """
+    most = len({tap.pixel for tap in taps})
+    parts: list[list[Tap]] = [[]]
+    for _, group in groupby(taps, attrgetter("kernel_column")):
+        column = list(group)
+        if parts[-1] and len(_starts([*parts[-1], *column], last, lanes)) > most:
+            parts.append([])
+        parts[-1] += column
+    return parts
