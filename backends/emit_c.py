@@ -153,6 +153,7 @@ def emit_source(program: Program, target: Target, *, threads: int, version: str)
         ]),
         _table("static const char *const step_names[]",
                [_string(step.kernel.symbol) for step in program.steps]),
+        _tables(program),
         _features(target),
         _tensors(program, "input", program.inputs),
         _tensors(program, "output", program.outputs),
@@ -235,6 +236,15 @@ def _features(target: Target) -> str:
     return _table("static const graphopt_feature features[]", rows)
 
 
+def _tables(program: Program) -> str:
+    rows = [f"{{graphopt_weights + {b.offset}, {b.nbytes}}}" for b in _sparse(program)]
+    return _table("static const graphopt_table tables[]", rows)
+
+
+def _sparse(program: Program) -> list[Buffer]:
+    return [buffer for buffer in program.buffers.values() if buffer.sparse]
+
+
 def _tensors(program: Program, kind: str, names: tuple[str, ...]) -> str:
     shapes = []
     rows = []
@@ -270,6 +280,8 @@ def _model(program: Program, target: Target, *, threads: int, version: str) -> s
     .steps = steps,
     .features = features,
     .feature_count = {len(target.features)},
+    .tables = tables,
+    .table_count = {len(_sparse(program))},
 }};
 """
 

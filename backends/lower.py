@@ -30,6 +30,7 @@ from graphopt.program.layout import PLAIN, physical_size
 from graphopt.program.layouts import assign_layouts
 from graphopt.program.memory import Lifetime, largest_live, lifetimes_of, plan_offsets, round_up
 from graphopt.program.partition import NodeGroup, partition, tensor_operands
+from graphopt.program.tables import is_table
 
 TUNED = " (tuned)"
 """Behind the origin of a kernel that was not left to the cost model."""
@@ -337,10 +338,11 @@ def finish(state: Lowering, outputs: list[str]) -> Program:
         if buffer.within is not None:
             offset = buffers[buffer.within].offset + buffer.offset
             buffers[name] = replace(buffer, offset=offset)
+    tables = {home for node, home in state.home.items() if is_table(node)}
     weights = 0
     for name, buffer in buffers.items():
         if buffer.role == "constant":
-            buffers[name] = replace(buffer, offset=weights)
+            buffers[name] = replace(buffer, offset=weights, sparse=name in tables)
             # One more line of zeros: kernels may read a whole vector at the last element.
             weights += round_up(buffer.nbytes)
     if weights:

@@ -28,6 +28,7 @@ class Buffer:
         offset: bytes from the start of the arena or of the weights; 0 for inputs and outputs.
         data: physical contents of a constant.
         within: the arena buffer it is a piece of.
+        sparse: a constant of which a run reads little, here and there (an embedding table).
     """
 
     name: str
@@ -39,6 +40,7 @@ class Buffer:
     offset: int = 0
     data: npt.NDArray[Any] | None = field(default=None, compare=False, repr=False)
     within: str | None = None
+    sparse: bool = False
 
 
 @dataclass(frozen=True)

@@ -179,6 +179,38 @@ def test_equal_kernels_and_constants_are_shared() -> None:
     assert program.weights == round_up(constants[0].nbytes) + ALIGNMENT
 
 
+@pytest.mark.parametrize(
+    ("rows", "picked", "is_read_whole", "is_sparse"),
+    [
+        (4000, 500, False, True),
+        (4000, 501, False, False),
+        (3000, 8, False, False),  # under 1 MB
+        (4000, 8, True, False),
+    ],
+)
+def test_tables_are_constants_of_which_little_is_read(
+    rows: int, picked: int, is_read_whole: bool, is_sparse: bool
+) -> None:
+    b = Builder(10)
+    indices = b.input(torch.randint(rows, (picked,), generator=b.generator))
+    table = b.constant(b.random(rows, 80))
+    b.returns(b.op(aten.embedding.default, table, indices))
+    if is_read_whole:
+        b.returns(b.op(aten.sum.dim_IntList, b.op(aten.relu.default, table), [0]))
+    program = check(b)
+    (buffer,) = (c for c in program.buffers.values() if c.nbytes == rows * 80 * 4)
+    assert buffer.sparse == is_sparse
+
+
+def test_a_table_read_twice_counts_twice() -> None:
+    b = Builder(11)
+    table = b.constant(b.random(4000, 80))
+    first, second = (b.input(torch.randint(4000, (n,), generator=b.generator)) for n in (300, 201))
+    b.returns(b.op(aten.index_select.default, table, 0, first),
+              b.op(aten.index_select.default, table, 0, second))  # fmt: skip
+    assert not any(buffer.sparse for buffer in check(b).buffers.values())
+
+
 def test_every_unsupported_node_is_listed() -> None:
     b = Builder(9)
     x = b.input(b.random(4, 4))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,11 +15,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from runtime_programs import (
     build_rows,
     compile_kernels,
     output_of,
+    rows_inputs,
     rows_kernels,
     rows_program,
     tool,
@@ -253,6 +257,41 @@ def test_a_program_without_steps_builds(tmp_path: Path) -> None:
     artifact = build_artifact(empty, get_target("host"), b"", tmp_path / "out")
     with load(artifact.folder) as model:
         assert model().shape == (1,)
+
+
+def test_tables_are_mapped_for_random_reads(tmp_path: Path) -> None:
+    """With any place in the file and less than a page, too."""
+    program = rows_program()
+    places = ((64 * 5, 300_000), (64 * 20_000, 16), (64 * 20_001, 70_001))
+    tables = [
+        Buffer(f"table{i}", (n,), "float32", "plain", "constant", 4 * n, offset,
+               np.arange(n, dtype=np.float32), sparse=True)
+        for i, (offset, n) in enumerate(places)
+    ]  # fmt: skip
+    large = replace(program, buffers={**program.buffers, **{t.name: t for t in tables}},
+                    weights=64 * 30_000)  # fmt: skip
+    target = get_target("host")
+    artifact = build_artifact(large, target, rows_kernels(target), tmp_path / "out")
+    with load(artifact.folder) as model:
+        model(*rows_inputs())
+        mapped = advised_bytes(artifact.library)
+    page = os.sysconf("SC_PAGESIZE")
+    assert len(mapped) == 2
+    for table, found in zip((tables[0], tables[2]), mapped, strict=True):
+        assert table.nbytes - 2 * page < found <= table.nbytes
+
+
+def advised_bytes(library: Path) -> list[int]:
+    """Sizes of the parts of a library that the system was told are read at random, in order."""
+    maps = Path("/proc/self/smaps").read_text().split("VmFlags:")
+    found = []
+    for mapping, after in itertools.pairwise(maps):
+        flags = after.split("\n")[0].split()
+        lines = mapping.split("\n")
+        size = next(int(line.split()[1]) for line in lines if line.startswith("Size:"))
+        if str(library) in mapping and "rr" in flags:
+            found.append(size * KB)
+    return found
 
 
 def test_names_that_collide_as_macros_are_told_apart(tmp_path: Path) -> None:

@@ -75,11 +75,19 @@ typedef struct {
     uint32_t xcr0;
 } graphopt_feature;
 
+/* Weights of which a run reads little, here and there. */
+typedef struct {
+    const unsigned char *data;
+    size_t bytes;
+} graphopt_table;
+
 typedef struct {
     graphopt_info info;
     const graphopt_step *steps;
     const graphopt_feature *features;
     uint32_t feature_count;
+    const graphopt_table *tables;
+    uint32_t table_count;
 } graphopt_model_data;
 
 extern const graphopt_model_data graphopt_model;
