@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
@@ -21,6 +22,9 @@ from graphopt.program.layout import block_of, physical_shape
 
 _FLAT_TASK = 4096
 """Elements per task when the output is treated as one row."""
+_CHAINS = 4
+"""Folds that do not wait for one another; one alone runs at the latency of an addition."""
+_LONG_BOX = 32
 _IDENTITY = {"sum": 0.0, "prod": 1.0}
 
 
@@ -141,18 +145,12 @@ def emit_reduction(
             return
 
         def vector(start: Expr, width: int) -> None:
-            acc = T.alloc_buffer((width,), dtype, scope="local")
-            _fill(acc, 0, width, identity(reduction.combine, dtype))
+            def at_lane(lane: Expr) -> Index:
+                return space.to_logical(outer, middle, start + lane)
 
-            def step(box: list[Expr]) -> None:
-                with loop(width, "vectorized") as lane:
-                    index = space.to_logical(outer, middle, start + lane)
-                    item = reduction.element(index, tuple(box))
-                    T.buffer_store(acc, combine(reduction.combine, acc[lane], item), [lane])
-
-            _nest(list(reduction.extents), step)
+            acc = _fold_vector(reduction, at_lane, dtype, width)
             with loop(width, "vectorized") as lane:
-                finish(space.to_logical(outer, middle, start + lane), acc[lane])
+                finish(at_lane(lane), acc[lane])
 
         full, rest = divmod(space.inner, lanes)
         if full:
@@ -162,6 +160,39 @@ def emit_reduction(
             vector(tirx.const(full * lanes, "int32"), rest)
 
     _nest(list(space.middle), at)
+
+
+def _fold_vector(
+    reduction: Reduction, at_lane: Callable[[Expr], Index], dtype: str, width: int
+) -> Any:
+    """Fold the boxes of `width` neighbouring outputs; gives the buffer of the folded values."""
+    kind = reduction.combine
+    *lead, last = reduction.extents or (1,)
+    chains = min(_CHAINS, last) if prod(reduction.extents) >= _LONG_BOX else 1
+    acc = T.alloc_buffer((chains * width,), dtype, scope="local")
+    for chain in range(chains):
+        _fill(acc, chain * width, width, identity(kind, dtype))
+
+    def fold(chain: int, item: Callable[[Expr], Expr]) -> None:
+        with loop(width, "vectorized") as lane:
+            slot = chain * width + lane
+            T.buffer_store(acc, combine(kind, acc[slot], item(lane)), [slot])
+
+    def row(box: list[Expr]) -> None:
+        def element(place: Expr) -> Callable[[Expr], Expr]:
+            return lambda lane: reduction.element(at_lane(lane), (*box, place))
+
+        with loop(last // chains) as i:
+            for chain in range(chains):
+                fold(chain, element(i * chains + chain))
+        for chain in range(last % chains):
+            fold(chain, element(tirx.const(last - last % chains + chain, "int32")))
+
+    _nest(lead, row)
+    for chain in range(1, chains):
+        with loop(width, "vectorized") as lane:
+            T.buffer_store(acc, combine(kind, acc[lane], acc[chain * width + lane]), [lane])
+    return acc
 
 
 def _fold_row(reduction: Reduction, index: Index, dtype: str, lanes: int) -> Expr:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import Phase, example, given, settings
+from hypothesis import strategies as st
 
 from graphopt.errors import UnsupportedError
 from tests.backends.harness import Builder, aten, check, compile_and_run, origins
@@ -129,6 +131,34 @@ def test_reductions_with_prologue_and_epilogue() -> None:
     program = check(b)
     assert len(program.steps) == 4, [step.ops for step in program.steps]
     assert set(origins(program)) == {"reduce"}
+
+
+@settings(max_examples=10, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@given(st.integers(1, 2), st.integers(1, 20), st.integers(1, 40), st.integers(1, 13), st.booleans())
+@example(1, 9, 40, 5, True)
+@example(2, 17, 16, 2, False)
+@example(1, 8, 32, 1, True)
+def test_long_boxes(batch: int, channels: int, rows: int, columns: int, has_nan: bool) -> None:
+    """Folded by several accumulators, in blocks and along the first axes of plain tensors."""
+    b = Builder(rows)
+    image = b.random(batch, 3, rows, columns)
+    x = b.conv(b.input(image), channels, (1, 1))
+    mean = b.op(aten.mean.dim, b.op(aten.square.default, x), [2, 3], True)
+    b.returns(b.conv(b.op(aten.sqrt.default, mean), 4, (1, 1)))
+    plain = b.random(rows, columns, channels)
+    if has_nan:
+        plain[rows // 2, columns // 2, 0] = float("nan")
+    y = b.input(plain)
+    b.returns(
+        *(
+            b.op(aten.isnan.default, b.op(op, y, [0, 1]))
+            for op in (aten.amax.default, aten.amin.default)
+        )
+    )
+    z = b.input(b.random(rows, columns, channels))
+    b.returns(b.op(aten.amax.default, z, [0, 1]), b.op(aten.amin.default, z, [0, 1]))
+    b.returns(b.op(aten.sum.dim_IntList, z, [0, 1]))
+    check(b, tolerance=5e-6)
 
 
 def test_a_value_read_by_many_is_computed_once() -> None:
