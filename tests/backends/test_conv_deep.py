@@ -8,7 +8,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from graphopt.backends.kernels import conv_deep, conv_direct
+from graphopt.backends.kernels import conv_deep, conv_direct, winograd_plan
 from graphopt.backends.kernels.conv_direct import ConvSpec
 from graphopt.backends.target import Target, get_target
 from tests.backends.harness import Builder, aten, check, origins
@@ -37,6 +37,7 @@ def test_any_convolution(
         patch.setattr(conv_deep, "_PANEL_BYTES", panel)
         patch.setattr(conv_deep, "_MOST_PIXELS", most_pixels)
         patch.setattr(conv_direct, "cost", lambda *_: float("inf"))
+        patch.setattr(winograd_plan, "supports", lambda _: False)
         b = Builder(height)
         x = b.conv(b.input(b.random(batch, 3, height, width)), channels, (1, 1))
         y = b.conv(x, out, kernel, stride=list(stride), padding=padding, dilation=dilation)
@@ -80,3 +81,21 @@ def test_chosen_where_weights_are_many() -> None:
     assert deep(dataclasses.replace(last, icg=515)) is None
     assert deep(dataclasses.replace(last, groups=2)) is None
     assert deep(ConvSpec(1, 1, 4096, 4096, (1, 1), (1, 1), (1, 1))) is None
+
+
+def test_few_weights_where_one_block_holds_all_pixels() -> None:
+    target = get_target("x86-64-v3")
+
+    def deep(depth: int, out: int, pixels: int) -> conv_deep.DeepPlan | None:
+        spec = ConvSpec(1, 1, depth, out, (1, pixels), (1, pixels), (1, 1))
+        return conv_deep.plan(spec, target.isa, target.l2_bytes)
+
+    for depth, out, pixels in ((384, 64, 196), (384, 48, 169), (200, 80, 196), (672, 160, 49)):
+        plan = deep(depth, out, pixels)
+        assert plan is not None
+        assert plan.tasks >= 8
+        assert plan.blocks.size >= 16
+        # Not one block of channels after the other where their number has no small divisor.
+        assert plan.part_depth >= 128
+    assert deep(64, 64, 196) is None
+    assert deep(192, 64, 784) is None
