@@ -99,3 +99,14 @@ def test_few_weights_where_one_block_holds_all_pixels() -> None:
         assert plan.part_depth >= 128
     assert deep(64, 64, 196) is None
     assert deep(192, 64, 784) is None
+
+
+@pytest.mark.parametrize(("target", "threads"), [("host", 2), ("arm", 1)])
+def test_blocks_of_two_sizes_shared_by_tasks(target: str, threads: int) -> None:
+    b = Builder(3)
+    x = b.conv(b.input(b.random(1, 3, 13, 13)), 384, (1, 1))
+    y = b.op(aten.relu.default, b.conv(x, 48, (1, 1)))
+    b.returns(b.conv(b.op(aten.add.Tensor, y, y), 4, (1, 1)))
+    program = check(b, target=target, threads=threads, tolerance=5e-6)
+    assert origins(program)[1] == "conv_deep"
+    assert program.steps[1].tasks >= 8
