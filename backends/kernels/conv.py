@@ -23,7 +23,7 @@ from graphopt.backends.kernels.base import (
 )
 from graphopt.backends.kernels.builder import View
 from graphopt.backends.kernels.conv_direct import Accessors, ConvSpec
-from graphopt.backends.kernels.conv_product import Product, key_of, products
+from graphopt.backends.kernels.conv_product import Product, deep_products, key_of, products
 from graphopt.backends.kernels.fusion import Group
 from graphopt.ops.opdef import Call, Expr, Index
 from graphopt.program.layout import PLAIN, block_of
@@ -92,21 +92,49 @@ class _View:
         spec: the convolution as it is walked.
         one_row: all pixels are one row, as a pointwise convolution allows.
         column: rows and columns are exchanged, as an image of one column is better off.
+        window: rows and columns of the windows whose elements are taken for channels.
     """
 
     spec: ConvSpec
-    one_row: bool
-    column: bool
+    one_row: bool = False
+    column: bool = False
+    window: tuple[int, int] = (1, 1)
+
+    def place(self, rank: int) -> Callable[[Expr, Expr, Expr, Expr], Index]:
+        """The input's index of (n, channel, row, column) of the spec."""
+        index, (rows, columns) = _place(rank, self.column), self.window
+        if self.window == (1, 1):
+            return index
+
+        def inside(n: Expr, c: Expr, h: Expr, w: Expr) -> Index:
+            row, column = c // columns % rows, c % columns
+            return index(n, c // (rows * columns), h * rows + row, w * columns + column)
+
+        return inside
 
 
 def _view_of(request: Request, spec: ConvSpec) -> _View:
     is_image = len(request.call.shape) == 4
     pointwise = spec.kernel == (1, 1) == spec.stride and spec.padding == (0, 0)
     if is_image and pointwise and collapsible(request, (2, 3)):
-        return _View(_one_row(spec), one_row=True, column=False)
+        return _View(_one_row(spec), one_row=True)
     if is_image and spec.in_size[1] == 1 and spec.kernel[1] == 1:
-        return _View(_swapped(spec), one_row=False, column=True)
-    return _View(spec, one_row=False, column=False)
+        return _View(_swapped(spec), column=True)
+    return _View(spec)
+
+
+def _patches(spec: ConvSpec) -> _View | None:
+    """Windows side by side as pixels of a pointwise convolution; None where they are not.
+
+    Transformers cut images so. Rows of a window are neighbours in a plain image, and so they are
+    gathered fast.
+    """
+    side_by_side = spec.kernel == spec.stride != (1, 1) and spec.dilation == (1, 1)
+    if not side_by_side or spec.padding != (0, 0) or spec.groups > 1 or spec.out_size[0] == 1:
+        return None
+    flat = replace(spec, icg=spec.icg * prod(spec.kernel), in_size=spec.out_size, kernel=(1, 1),
+                   stride=(1, 1))  # fmt: skip
+    return _View(flat, window=spec.kernel)
 
 
 def lower_products(request: Request) -> Alternatives | None:
@@ -123,6 +151,13 @@ def lower_products(request: Request) -> Alternatives | None:
         Candidate(each.origin, each.cycles, partial(_product, request, view, each, weight))
         for each in products(view.spec, target, may_gather=layouts[0] != PLAIN)
     ]
+    patches = _patches(spec) if layouts[0] == PLAIN else None
+    if patches is not None:
+        flat = weight.reshape(len(weight), -1, 1, 1)
+        candidates = [
+            Candidate(each.origin, each.cycles, partial(_product, request, patches, each, flat))
+            for each in deep_products(patches.spec, target)
+        ] + candidates
     if request.winograd and winograd_plan.supports(spec) and PLAIN not in layouts:
         sizes = target.isa, target.l2_bytes
         fewer = [
@@ -146,7 +181,7 @@ def _product(
     block = block_of(request.spec(request.root).layout)
     in_blocks = block is not None and (spec.groups == 1 or spec.ocg % block == 0)
     ahead = view.one_row and request.spec(source).layout != PLAIN and far
-    index = _place(len(call.shape), view.column)
+    index, inside = _place(len(call.shape), view.column), view.place(len(call.shape))
 
     def emit(
         task: Expr, views: dict[fx.Node, View], constants: list[Any], out: View, group: Group,
@@ -158,7 +193,7 @@ def _product(
             out = collapse(out, call.shape, (2, 3))
             group = group.with_views(lambda each: collapse(each, call.shape, (2, 3)))
         access = Accessors(
-            x=lambda n, c, h, w: x.load(index(n, c, h, w)),
+            x=lambda n, c, h, w: x.load(inside(n, c, h, w)),
             store=epilogue_store(request, group, out, index),
             vector=in_blocks,
             padded=in_blocks and spec.groups == 1,

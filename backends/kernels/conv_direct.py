@@ -14,7 +14,7 @@ rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,9 +45,13 @@ _TARGET_STEPS = 1 << 15
 
 _PANEL_BYTES = 24576
 """Weights of a tile that stay in the first-level cache from one tile of pixels to the next."""
+_BAND_BYTES = 2048
+"""Sums that wait for a long epilogue; they lie on the stack."""
 _SECOND_LEVEL_BYTES = 12.8
 """Bytes of weights per cycle from the second-level cache, as measured: tiles of 16×4 and 16×3 in
 turn lost a third, 16×5 a tenth."""
+_FAR = 0.4
+"""Cycles that a step waits for weights of the second level all the same."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,10 @@ class Segment:
     pixels: int
     skip: frozenset[tuple[int, int]]
 
+    def column_of(self, tile: Expr) -> Expr:
+        """The first column of a tile."""
+        return self.start + (tile - self.first) * self.pixels
+
 
 @dataclass(frozen=True)
 class ConvPlan:
@@ -147,6 +155,13 @@ class ConvPlan:
         """Tasks in all."""
         spec = self.spec
         return spec.batch * spec.groups * self.channels.count * spec.out_size[0] * self.row_tasks
+
+    def column_of(self, tile: Expr) -> Expr:
+        """The first column of a tile; behind the last one, the end of the row."""
+        column = self.segments[-1].column_of(tile)
+        for segment in self.segments[-2::-1]:
+            column = tirx.Select(tile < segment.last, segment.column_of(tile), column)
+        return column
 
     def describe(self) -> str:
         """For the report."""
@@ -213,8 +228,10 @@ def plan(
     depth = spec.icg * spec.kernel[0] * spec.kernel[1]
     per_tile = depth * tile.vectors * tile.pixels
     tiles_per_task = max(1, min(tiles, _TARGET_STEPS // per_tile)) if per_tile else tiles
-    weights = depth * blocks * block * 4
-    channels_outer = weights > l2_bytes // 2
+    channels_outer = _is_read_less(
+        depth * blocks * block, spec.out_size[0] * -(-tiles // tiles_per_task),
+        spec.icg * spec.in_size[0] * spec.in_size[1], channels.count, l2_bytes,
+    )  # fmt: skip
     if channels_outer:
         tiles_per_task = min(tiles, max(tiles_per_task, 4))
     by_row = plain and isa.lane_operand and _unrolled_columns(spec) > 0
@@ -229,6 +246,17 @@ def _unrolled_columns(spec: ConvSpec) -> int:
     return QUAD if spec.kernel[1] % QUAD == 0 and not _pads_columns(spec) else 0
 
 
+def _is_read_less(
+    weights: int, pixel_tasks: int, inputs: int, channel_tiles: int, l2_bytes: int
+) -> bool:
+    """Whether to go by tiles of channels: inputs again and again for each, weights once.
+
+    `weights` and `inputs` are the floats of an image; what fits the second-level cache is free.
+    """
+    half = l2_bytes // 8
+    return weights > half and (inputs <= half or inputs * channel_tiles < weights * pixel_tasks)
+
+
 def cost(conv: ConvPlan, isa: Isa) -> float:
     """Estimated cycles of one core: multiply-adds, or the weights' way from the second level."""
     spec = conv.spec
@@ -240,7 +268,7 @@ def cost(conv: ConvPlan, isa: Isa) -> float:
     for segment in conv.segments:
         step = step_time(registers, segment.pixels, isa)
         if far:
-            step = max(step, width * 4 / _SECOND_LEVEL_BYTES)
+            step = max(step, width * 4 / _SECOND_LEVEL_BYTES) + _FAR
         row += (segment.last - segment.first) * step
     rows = spec.batch * spec.groups * spec.out_size[0]
     return rows * conv.channels.count * depth * row
@@ -299,9 +327,8 @@ def emit(conv: ConvPlan, task: Expr, weights: Any, access: Accessors) -> None:
             tile_block = large * conv.channels.size + (t - large) * vectors
 
         def body(vectors: int = vectors, tile_block: Expr = tile_block) -> None:
-            with T.serial(0, count) as i:
-                _segments(conv, list(conv.segments), first + i, n, g, oh, vectors, tile_block,
-                          weights, access)  # fmt: skip
+            row = _Row(conv, n, g, oh, vectors, tile_block, weights, access)
+            row.emit_bands(first, count) if access.heavy else row.emit_tiles(first, count)
 
         if len(sizes) == 1:
             body()
@@ -310,125 +337,168 @@ def emit(conv: ConvPlan, task: Expr, weights: Any, access: Accessors) -> None:
                 body()
 
 
-def _segments(
-    conv: ConvPlan, segments: list[Segment], tile: Expr, n: Expr, g: Expr, oh: Expr,
-    vectors: int, tile_block: Expr, weights: Any, access: Accessors,
-) -> None:  # fmt: skip
-    """Branch to the code of the segment that holds the tile."""
-    segment, rest = segments[0], segments[1:]
+@dataclass(frozen=True)
+class _Row:
+    """Tiles of one output row and one tile of output channels, `vectors` blocks from a block on."""
 
-    def body() -> None:
-        column = segment.start + (tile - segment.first) * segment.pixels
-        _tile(conv, segment, n, g, oh, column, vectors, tile_block, weights, access)
+    conv: ConvPlan
+    n: Expr
+    g: Expr
+    oh: Expr
+    vectors: int
+    tile_block: Expr
+    weights: Any
+    access: Accessors
 
-    if not rest:
-        body()
-        return
-    with T.If(tile < segment.last):
-        with T.Then():
-            body()
-        with T.Else():
-            _segments(conv, rest, tile, n, g, oh, vectors, tile_block, weights, access)
+    def emit_tiles(self, first: Expr, count: Expr) -> None:
+        """Some tiles, each finished while it is in registers."""
 
+        def end(acc: Any, pixels: int, column: Expr) -> None:
+            finish(self.conv.spec, self.conv.block, acc, pixels, self.vectors, self.n, self.g,
+                   lambda p: (self.oh, column + p), self.tile_block, self.access)  # fmt: skip
 
-def _tile(
-    conv: ConvPlan, segment: Segment, n: Expr, g: Expr, oh: Expr, column: Expr,
-    vectors: int, tile_block: Expr, weights: Any, access: Accessors,
-) -> None:  # fmt: skip
-    spec, block = conv.spec, conv.block
-    pixels, width = segment.pixels, vectors * block
-    kernel_h, kernel_w = spec.kernel
-    depth = spec.icg * kernel_h * kernel_w
-    blocks = -(-spec.ocg // block)
-    origin = (g * blocks + tile_block) * block * depth
-    acc = T.alloc_buffer((pixels * vectors * block,), "float32", scope="local")
-    for slot in range(pixels * vectors):
-        with T.vectorized(0, block) as lane:
-            T.buffer_store(acc, f32(0.0), [slot * block + lane])
+        with T.serial(0, count) as i:
+            self._segments(self.conv.segments, first + i, end)
 
-    row = oh * spec.stride[0] - spec.padding[0]
-    low, high = kernel_rows(spec, row)
-    left = column * spec.stride[1] - spec.padding[1]
+    def emit_bands(self, first: Expr, count: Expr) -> None:
+        """Some tiles, finished in bands.
 
-    tests_columns = _tests_columns(spec)
+        The sums of a band wait in the first-level cache for a loop over all its pixels: a long
+        epilogue takes many times its throughput to begin and to end, and LLVM spills accumulators
+        of the products where it may hold them in registers next to the epilogue's values.
+        """
+        block, width = self.conv.block, self.vectors * self.conv.block
+        widest = max(segment.pixels for segment in self.conv.segments)
+        tiles = max(1, _BAND_BYTES // (widest * width * 4))
+        sums = T.alloc_buffer((tiles * widest * width,), "float32", scope="local")
+        with T.serial(0, (count + tiles - 1) // tiles) as band:
+            start = first + band * tiles
+            end = tirx.min(start + tiles, first + count)
+            left = self.conv.column_of(start)
 
-    def step(c: Expr, ih: Expr, base: Expr, kw: Expr, skipped: frozenset[int]) -> None:
-        for p in range(pixels):
-            if p in skipped:
-                continue
-            iw = left + p * spec.stride[1] + kw * spec.dilation[1]
-            if tests_columns:
-                # Shared, or TVM drops the clamp where `inside` implies it; the load runs anyway.
-                near = share(tirx.max(0, tirx.min(iw, spec.in_size[1] - 1)))
-                inside = tirx.all(iw >= 0, iw < spec.in_size[1])
-                x = tirx.Select(inside, access.x(n, g * spec.icg + c, ih, near), f32(0.0))
-            else:
-                x = access.x(n, g * spec.icg + c, ih, iw)
-            for v in range(vectors):
-                with T.vectorized(0, block) as lane:
-                    slot = (p * vectors + v) * block + lane
-                    w = weights[base + v * block + lane]
-                    T.buffer_store(acc, acc[slot] + x * w, [slot])
+            def keep(acc: Any, pixels: int, column: Expr, left: Expr = left) -> None:
+                for slot in range(pixels * self.vectors):
+                    with T.vectorized(0, block) as lane:
+                        place = (column - left) * width + slot * block + lane
+                        T.buffer_store(sums, acc[slot * block + lane], [place])
 
-    by_lane = (conv.by_lane and access.vector_in and not tests_columns
-               and (spec.groups == 1 or spec.icg % block == 0))  # fmt: skip
+            with T.serial(0, end - start) as i:
+                self._segments(self.conv.segments, start + i, keep)
+            with T.serial(0, self.conv.column_of(end) - left) as p:
+                finish_pixel(self.conv.spec, block, sums, p * width, self.vectors, self.n, self.g,
+                       (self.oh, left + p), self.tile_block, self.access)  # fmt: skip
 
-    def four(c: Expr, ih: Expr, base: Expr, kw: Expr, skipped: frozenset[int]) -> None:
-        def x(p: int, lane: Expr) -> Expr:
-            iw = left + p * spec.stride[1] + kw * spec.dilation[1]
-            return access.x(n, g * spec.icg + c + lane, ih, iw)
+    def _segments(
+        self, segments: Sequence[Segment], tile: Expr, end: Callable[[Any, int, Expr], None]
+    ) -> None:
+        """Branch to the code of the segment that holds the tile."""
+        segment, rest = segments[0], segments[1:]
+        if not rest:
+            self._tile(segment, segment.column_of(tile), end)
+            return
+        with T.If(tile < segment.last):
+            with T.Then():
+                self._tile(segment, segment.column_of(tile), end)
+            with T.Else():
+                self._segments(rest, tile, end)
 
-        inside = [p for p in range(pixels) if p not in skipped]
-        multiply_by_lanes(acc, weights, base, width, block, inside, vectors, x)
+    def _tile(self, segment: Segment, column: Expr, end: Callable[[Any, int, Expr], None]) -> None:
+        conv, access, vectors, weights = self.conv, self.access, self.vectors, self.weights
+        n, g, oh, spec, block = self.n, self.g, self.oh, conv.spec, conv.block
+        pixels, width = segment.pixels, vectors * block
+        kernel_h, kernel_w = spec.kernel
+        depth = spec.icg * kernel_h * kernel_w
+        blocks = -(-spec.ocg // block)
+        origin = (g * blocks + self.tile_block) * block * depth
+        acc = T.alloc_buffer((pixels * vectors * block,), "float32", scope="local")
+        for slot in range(pixels * vectors):
+            with T.vectorized(0, block) as lane:
+                T.buffer_store(acc, f32(0.0), [slot * block + lane])
 
-    def channel_block(first: Expr, channels: int, kw: Expr, skipped: frozenset[int]) -> None:
-        start = origin + (kw * spec.icg + first) * (kernel_h * width)
-        with loop(high - low) as i:
-            kh = low + i
-            ih = row + kh * spec.dilation[0]
-            rows = start + kh * (channels * width)
-            if access.ahead:
-                for p in range(pixels, 2 * pixels, max(1, LINE // block)):
-                    prefetch(access.x(n, g * spec.icg + first, ih, left + p * spec.stride[1]))
-            if by_lane and channels % QUAD == 0:
-                for c in range(0, channels, QUAD):
-                    if c:
-                        # LLVM would load both fours of each pixel at once, and spill.
-                        barrier()
-                    four(first + c, ih, rows + c * width, kw, skipped)
-                return
-            inner = 4 if channels % 4 == 0 else channels
-            with loop(channels // inner) as outer:
-                for ci in range(inner):
-                    c = outer * inner + ci
-                    step(first + c, ih, rows + c * width, kw, skipped)
+        row = oh * spec.stride[0] - spec.padding[0]
+        low, high = kernel_rows(spec, row)
+        left = column * spec.stride[1] - spec.padding[1]
 
-    def kernel_column(kw: Expr, skipped: frozenset[int]) -> None:
-        full, rest = divmod(spec.icg, block)
-        if full:
-            with loop(full) as cb:
-                channel_block(cb * block, block, kw, skipped)
-        if rest:
-            channel_block(tirx.const(full * block, "int32"), rest, kw, skipped)
+        tests_columns = _tests_columns(spec)
 
-    # Neighbouring kernel columns read the same pixels. They are kept in loops of their own, or
-    # LLVM would hold the shared pixels in registers and spill accumulators instead.
-    if conv.by_row:
-        _multiply_rows(
-            conv, segment, acc, weights, origin, vectors, low, high,
-            lambda c, kh, column: access.x(
-                n, g * spec.icg + c, row + kh * spec.dilation[0], left + column
-            ),
-        )  # fmt: skip
-    elif segment.skip:
-        for kw in range(kernel_w):
-            skipped = frozenset(p for p, column_ in segment.skip if column_ == kw)
-            if len(skipped) < pixels:
-                kernel_column(tirx.const(kw, "int32"), skipped)
-    else:
-        with loop(kernel_w) as kw:
-            kernel_column(kw, frozenset())
-    finish(spec, block, acc, pixels, vectors, n, g, lambda p: (oh, column + p), tile_block, access)
+        def step(c: Expr, ih: Expr, base: Expr, kw: Expr, skipped: frozenset[int]) -> None:
+            for p in range(pixels):
+                if p in skipped:
+                    continue
+                iw = left + p * spec.stride[1] + kw * spec.dilation[1]
+                if tests_columns:
+                    # Shared, or TVM drops the clamp where `inside` implies it; the load runs
+                    # anyway.
+                    near = share(tirx.max(0, tirx.min(iw, spec.in_size[1] - 1)))
+                    inside = tirx.all(iw >= 0, iw < spec.in_size[1])
+                    x = tirx.Select(inside, access.x(n, g * spec.icg + c, ih, near), f32(0.0))
+                else:
+                    x = access.x(n, g * spec.icg + c, ih, iw)
+                for v in range(vectors):
+                    with T.vectorized(0, block) as lane:
+                        slot = (p * vectors + v) * block + lane
+                        w = weights[base + v * block + lane]
+                        T.buffer_store(acc, acc[slot] + x * w, [slot])
+
+        by_lane = (conv.by_lane and access.vector_in and not tests_columns
+                   and (spec.groups == 1 or spec.icg % block == 0))  # fmt: skip
+
+        def four(c: Expr, ih: Expr, base: Expr, kw: Expr, skipped: frozenset[int]) -> None:
+            def x(p: int, lane: Expr) -> Expr:
+                iw = left + p * spec.stride[1] + kw * spec.dilation[1]
+                return access.x(n, g * spec.icg + c + lane, ih, iw)
+
+            inside = [p for p in range(pixels) if p not in skipped]
+            multiply_by_lanes(acc, weights, base, width, block, inside, vectors, x)
+
+        def channel_block(first: Expr, channels: int, kw: Expr, skipped: frozenset[int]) -> None:
+            start = origin + (kw * spec.icg + first) * (kernel_h * width)
+            with loop(high - low) as i:
+                kh = low + i
+                ih = row + kh * spec.dilation[0]
+                rows = start + kh * (channels * width)
+                if access.ahead:
+                    for p in range(pixels, 2 * pixels, max(1, LINE // block)):
+                        prefetch(access.x(n, g * spec.icg + first, ih, left + p * spec.stride[1]))
+                if by_lane and channels % QUAD == 0:
+                    for c in range(0, channels, QUAD):
+                        if c:
+                            # LLVM would load both fours of each pixel at once, and spill.
+                            barrier()
+                        four(first + c, ih, rows + c * width, kw, skipped)
+                    return
+                inner = 4 if channels % 4 == 0 else channels
+                with loop(channels // inner) as outer:
+                    for ci in range(inner):
+                        c = outer * inner + ci
+                        step(first + c, ih, rows + c * width, kw, skipped)
+
+        def kernel_column(kw: Expr, skipped: frozenset[int]) -> None:
+            full, rest = divmod(spec.icg, block)
+            if full:
+                with loop(full) as cb:
+                    channel_block(cb * block, block, kw, skipped)
+            if rest:
+                channel_block(tirx.const(full * block, "int32"), rest, kw, skipped)
+
+        # Neighbouring kernel columns read the same pixels. They are kept in loops of their own, or
+        # LLVM would hold the shared pixels in registers and spill accumulators instead.
+        if conv.by_row:
+            _multiply_rows(
+                conv, segment, acc, weights, origin, vectors, low, high,
+                lambda c, kh, column: access.x(
+                    n, g * spec.icg + c, row + kh * spec.dilation[0], left + column
+                ),
+            )  # fmt: skip
+        elif segment.skip:
+            for kw in range(kernel_w):
+                skipped = frozenset(p for p, column_ in segment.skip if column_ == kw)
+                if len(skipped) < pixels:
+                    kernel_column(tirx.const(kw, "int32"), skipped)
+        else:
+            with loop(kernel_w) as kw:
+                kernel_column(kw, frozenset())
+        end(acc, pixels, column)
 
 
 def _multiply_rows(
@@ -482,37 +552,44 @@ def finish(
     place: Callable[[Expr], tuple[Expr, Expr]], tile_block: Expr, access: Accessors,
 ) -> None:  # fmt: skip
     """Epilogue and stores of one register tile; `place` gives the row and column of a pixel."""
+
+    def pixel(sums: Any, p: Expr) -> None:
+        at = p * vectors * block
+        finish_pixel(spec, block, sums, at, vectors, n, g, place(p), tile_block, access)
+
+    if not access.heavy:
+        for p in range(pixels):
+            pixel(acc, p)
+        return
+    # Copied so that the loop may index it at run time: `acc` has to stay in registers.
+    sums = T.alloc_buffer((pixels * vectors * block,), "float32", scope="local")
+    for slot in range(pixels * vectors):
+        with T.vectorized(0, block) as lane:
+            T.buffer_store(sums, acc[slot * block + lane], [slot * block + lane])
+    with T.serial(0, pixels) as p:
+        pixel(sums, p)
+
+
+def finish_pixel(
+    spec: ConvSpec, block: int, sums: Any, at: Expr, vectors: int, n: Expr, g: Expr,
+    place: tuple[Expr, Expr], tile_block: Expr, access: Accessors,
+) -> None:  # fmt: skip
+    """Epilogue and stores of one pixel, whose sums are in a buffer from `at` on."""
     ragged = spec.ocg % block
-    source = acc
-    if access.heavy:
-        # Copied so that the loops below may index it at run time: `acc` has to stay in registers.
-        source = T.alloc_buffer((pixels * vectors * block,), "float32", scope="local")
-        for slot in range(pixels * vectors):
-            with T.vectorized(0, block) as lane:
-                T.buffer_store(source, acc[slot * block + lane], [slot * block + lane])
-
-    def one(p: Expr, v: Expr) -> None:
+    kind = "vectorized" if access.vector else "unroll"
+    for v in range(vectors):
         channel = (tile_block + v) * block
-        slot = (p * vectors + v) * block
+        slot = at + v * block
 
-        def lanes(count: int, kind: str) -> None:
+        def lanes(count: int, kind: str, channel: Expr = channel, slot: Expr = slot) -> None:
             with loop(count, kind) as lane:
-                access.store(n, g * spec.ocg + channel + lane, *place(p), source[slot + lane])
+                access.store(n, g * spec.ocg + channel + lane, *place, sums[slot + lane])
 
-        kind = "vectorized" if access.vector else "unroll"
         if not ragged or access.padded:
             lanes(block, kind)
-            return
+            continue
         with T.If(channel + block <= spec.ocg):
             with T.Then():
                 lanes(block, kind)
             with T.Else():
                 lanes(ragged, "unroll")
-
-    if access.heavy:
-        with T.serial(0, pixels) as p, T.serial(0, vectors) as v:
-            one(p, v)
-    else:
-        for p in range(pixels):
-            for v in range(vectors):
-                one(p, v)

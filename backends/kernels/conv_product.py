@@ -62,6 +62,11 @@ def products(spec: ConvSpec, target: Target, *, may_gather: bool = True) -> list
     return [*deep, *direct]
 
 
+def deep_products(spec: ConvSpec, target: Target) -> list[Product]:
+    """The ways with weights that do not fit the second-level cache, the best first."""
+    return [_deep(plan, target) for plan in conv_deep.plans(spec, target.isa, target.l2_bytes)]
+
+
 def _direct(plan: ConvPlan, target: Target) -> Product:
     return Product(
         plan.describe(), conv_direct.cost(plan, target.isa), plan.tasks, 0,

@@ -49,6 +49,23 @@ def test_any_convolution(
 
 
 @pytest.mark.parametrize("target", ["host", "arm"])
+@pytest.mark.parametrize("kernel", [(8, 8), (4, 4), (2, 3), (1, 16), (16, 1)])
+def test_patches_of_a_plain_image(
+    target: str, kernel: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows side by side, with columns left over; ragged channels, batches, several parts."""
+    monkeypatch.setattr(conv_deep, "_PANEL_BYTES", 2048)
+    monkeypatch.setattr(conv_deep, "_MOST_PIXELS", 7)
+    monkeypatch.setattr(conv_direct, "cost", lambda *_: float("inf"))
+    b = Builder(0)
+    x = b.input(b.random(2, 4, 3 * kernel[0] + 1, 4 * kernel[1] + kernel[1] // 2))
+    y = b.op(aten.relu.default, b.conv(x, 21, kernel, stride=list(kernel)))
+    b.returns(b.conv(y, 4, (1, 1)), y)
+    program = check(b, target=_without_cache(target), tolerance=5e-6)
+    assert origins(program)[0] == "conv_deep"
+
+
+@pytest.mark.parametrize("target", ["host", "arm"])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_linear_in_parts(target: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conv_deep, "_PANEL_BYTES", 2048)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from graphopt import graph as G
 from graphopt.backends.isa.avx512 import AVX512
+from graphopt.backends.kernels import conv_direct
 from graphopt.backends.target import get_target
 from tests.backends.harness import Builder, aten, check, origins
 
@@ -81,6 +82,27 @@ def test_real_layers_with_residual_and_activation(
     program = check(b, tolerance=1e-5)
     assert len(program.steps) == 4, [step.ops for step in program.steps]
     assert set(origins(program)) <= {"conv_direct", "winograd"}
+
+
+@settings(max_examples=4, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@given(
+    st.integers(1, 2), st.sampled_from([1, 2]), st.integers(1, 40), st.integers(1, 40),
+    st.tuples(st.integers(5, 9), st.integers(5, 40)), st.sampled_from([1, 3, 5]), st.integers(1, 2),
+    st.integers(0, 2), st.sampled_from([64, 900, 2048]),
+)  # fmt: skip
+def test_long_epilogues(
+    batch: int, groups: int, channels: int, out: int, size: tuple[int, int], kernel: int,
+    stride: int, padding: int, band: int,
+) -> None:  # fmt: skip
+    """Sums wait in bands of any size; whole and ragged blocks, plain and blocked outputs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conv_direct, "_BAND_BYTES", band)
+        b = Builder(out)
+        x = b.conv(b.input(b.random(batch, 3, *size)), channels * groups, (1, 1))
+        y = b.conv(x, out * groups, (kernel, kernel), stride=stride, padding=padding, groups=groups)
+        z = b.op(aten.add.Tensor, b.op(aten.silu.default, y), y)
+        b.returns(b.conv(z, 4, (1, 1)), b.op(aten.gelu.default, b.conv(x, out, (1, 1))))
+        check(b, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

@@ -32,7 +32,7 @@ EXACT: dict[str, tuple[Reference, tuple[float, float], float]] = {
     "log_natural": (torch.log, (-np.inf, np.inf), 0.9),
     "log1p": (torch.log1p, (-np.inf, np.inf), 1.5),
     "tanh": (torch.tanh, (-np.inf, np.inf), 2.4),
-    "sigmoid": (torch.sigmoid, (-87.3, np.inf), 2.2),
+    "sigmoid": (torch.sigmoid, (-87.3, np.inf), 2.5),
     "silu": (lambda x: x * torch.sigmoid(x), (-87.3, np.inf), 3.2),
     "softplus": (_softplus, (-87.3, np.inf), 2.5),
     "mish": (lambda x: x * torch.tanh(_softplus(x)), (-80.0, np.inf), 5.0),
