@@ -27,7 +27,7 @@ from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.isa.base import Isa
 from graphopt.backends.kernels.builder import barrier, f32, loop, prefetch, unflatten
-from graphopt.backends.kernels.conv_direct import Accessors, ConvSpec, finish
+from graphopt.backends.kernels.conv_direct import Accessors, ConvSpec, finish, finish_pixel
 from graphopt.backends.kernels.lanes import QUAD, multiply_by_lanes
 from graphopt.backends.kernels.product import span
 from graphopt.backends.kernels.tiling import LINE, Split, Tile, best_tiles, split, step_time
@@ -294,6 +294,16 @@ class _Task:
             with loop(count) as i:
                 self._register_tile(part, t, channel_block, panel, vectors,
                                     start + i * pixels, pixels, before + i)  # fmt: skip
+        if self._finishes_later:
+            with T.If(part == self.deep.parts - 1), T.Then(), T.serial(0, total) as p:
+                at = (t * self.deep.blocks.size + p) * self.deep.width
+                finish_pixel(self.deep.spec, self.deep.block, self.sums, at, vectors, self.n, 0,
+                             self._place(p), channel_block, self.access)  # fmt: skip
+
+    @property
+    def _finishes_later(self) -> bool:
+        """Whether the epilogue is a loop of its own; see `emit_bands` in `conv_direct`."""
+        return self.access.heavy and self.deep.parts > 1
 
     def _register_tile(
         self, part: Expr, t: Expr, channel_block: Expr, panel: Expr, vectors: int, first: Expr,
@@ -328,14 +338,19 @@ class _Task:
             finish(deep.spec, block, acc, pixels, vectors, self.n, 0,
                    lambda p: self._place(first + p), channel_block, self.access)  # fmt: skip
 
+        def keep() -> None:
+            each_slot(lambda slot, place: T.buffer_store(self.sums, acc[slot], [place]))
+
         if deep.parts == 1:
             end()
-            return
-        with T.If(part == deep.parts - 1):
-            with T.Then():
-                end()
-            with T.Else():
-                each_slot(lambda slot, place: T.buffer_store(self.sums, acc[slot], [place]))
+        elif self._finishes_later:
+            keep()
+        else:
+            with T.If(part == deep.parts - 1):
+                with T.Then():
+                    end()
+                with T.Else():
+                    keep()
 
     def _place(self, pixel: Expr) -> tuple[Expr, Expr]:
         """Row and column of a pixel of the task's block."""
