@@ -28,6 +28,7 @@ def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
 EXACT: dict[str, tuple[Reference, tuple[float, float], float]] = {
     "exp": (torch.exp, (-np.inf, np.inf), 1.05),
     "exp_nonpositive": (torch.exp, (-87.3, 0.0), 1.05),
+    "exp2_nonpositive": (torch.exp2, (-126.0, 0.0), 2.2),
     "expm1": (torch.expm1, (-np.inf, np.inf), 1.5),
     "log_natural": (torch.log, (-np.inf, np.inf), 0.9),
     "log1p": (torch.log1p, (-np.inf, np.inf), 1.5),
