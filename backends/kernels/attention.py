@@ -4,9 +4,10 @@ The task packs the head's keys (transposed) and values into panels once. Then ba
 through scores, softmax and the sum over the values while their scores are in the cache (the
 blocking of Dao et al., "FlashAttention", 2022, without its rescaling: a row of scores fits).
 
-Keys are padded to whole vectors with scores of -inf. Scores are exponents of two, log₂ e being
-folded into the queries' scale, and the weights are divided by their sum where the result is stored:
-a row of it is shorter than one of the weights.
+Keys are padded to whole vectors with scores of -inf. Scores are exponents of two, log₂ e and the
+scale being folded into the packed keys, and the weights are divided by their sum where the result
+is stored: a row of it is shorter than one of the weights. Of causal attention, what no query of a
+band attends to is left out.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.isa.base import Isa
-from graphopt.backends.kernels.builder import each, f32, loop
+from graphopt.backends.kernels.builder import f32, loop, prefetch
 from graphopt.backends.kernels.product import (
     Panels,
     Right,
@@ -35,18 +36,14 @@ from graphopt.backends.kernels.tiling import LINE, Split, split
 from graphopt.ops import math as M
 from graphopt.ops.opdef import Expr
 
-_BAND = 36
-"""Queries that go through the phases together, at most."""
+_BAND = 18
+"""Queries that go through the phases together, at most: their scores stay in the first level."""
 _FEWEST_TASKS = 6
 _FEWEST_TILES = 4
 """Tiles of rows, at least, that one packing of the keys and values is for."""
 _LOG2_E = log2(e)
-
-_SHIFT = 12582912.0 + 127
-"""1.5 · 2²³, which rounds to integers, and the bias of a float32's exponent."""
-_EXP2 = (0.6931470036506653, 0.24022246897220612, 0.0555071122944355, 0.009671294130384922,
-         0.0013269407209008932)  # fmt: skip
-"""2^r = 1 + r·P(r) for |r| ≤ ½, a minimax fit, relative error 1.5e-7."""
+_LOWEST = -3.4028234663852886e38
+"""The lowest float32."""
 
 _Join = Callable[[Expr, Expr], Expr]
 
@@ -76,23 +73,27 @@ class AttentionPlan:
         queries, keys: rows of the head's operands.
         scale: factor of the scores.
         adds: whether the mask is added to the scores, which so have to be in natural units.
+        causal: whether a query attends to no keys behind its own place.
         rows: rows of a register tile.
         key_panels, value_panels: the packed operands.
         parts: the tiles of a head, cut into tasks.
         band: tiles of a band.
         lanes: floats of a vector register.
+        by_lane: whether multiply-adds take one lane of a vector.
     """
 
     queries: int
     keys: int
     scale: float
     adds: bool
+    causal: bool
     rows: int
     key_panels: Panels
     value_panels: Panels
     parts: Split
     band: int
     lanes: int
+    by_lane: bool
 
     @property
     def row(self) -> int:
@@ -107,8 +108,8 @@ class AttentionPlan:
         sizes = {
             "keys": self.key_panels.size,
             "values": self.value_panels.size,
-            "queries": band * self.key_panels.depth,
             "scores": band * self.row,
+            "bases": band,
             "shares": band,
             "end": 0,
         }
@@ -121,7 +122,7 @@ class AttentionPlan:
 
 def plan(
     heads: int, queries: int, keys: int, depth: int, width: int, scale: float, adds: bool,
-    isa: Isa, l2_bytes: int,
+    causal: bool, isa: Isa, l2_bytes: int,
 ) -> AttentionPlan:  # fmt: skip
     """Choose tiles, tasks and bands."""
     block = isa.block
@@ -134,9 +135,9 @@ def plan(
     part = split(tiles, -(-tiles // parts))
     most = max(1, min(_BAND, l2_bytes // 2 // (4 * row)) // rows)
     return AttentionPlan(
-        queries, keys, scale, adds, rows,
+        queries, keys, scale, adds, causal, rows,
         Panels(depth, keys, block, of_keys), Panels(keys, width, block, of_values),
-        part, split(part.size, most).size, isa.lanes(),
+        part, split(part.size, most).size, isa.lanes(), isa.lane_operand,
     )  # fmt: skip
 
 
@@ -158,12 +159,19 @@ class _Task:
         }
 
     def emit(self) -> None:
+        size = self.plan.band
+        self._ask_queries(self.first_tile, size)
         self._pack_keys()
         self._pack_values()
-        size = self.plan.band
         with loop(-(-self.plan.parts.size // size)) as band:
             tiles = tirx.min(size, self.tiles - band * size)
             self._band(self.first_tile + band * size, tiles)
+
+    def _ask_queries(self, first_tile: Expr, tiles: Expr) -> None:
+        """Ask for the queries of a band ahead: read in the product, they would be waited for."""
+        with loop(tiles * self.plan.rows) as row:
+            for d in range(0, self.plan.key_panels.depth, LINE):
+                _ask(self.operands.query(self._query(first_tile) + row, tirx.const(d, "int32")))
 
     def _pack_keys(self) -> None:
         """Keys as columns: squares of them in registers, then what is left one by one."""
@@ -178,12 +186,12 @@ class _Task:
                 if depth % lanes:
                     with loop(depth % lanes) as d, loop(lanes, "vectorized") as lane:
                         k = depth // lanes * lanes + d
-                        value = self.operands.key(square * lanes + lane, k)
+                        value = self._key(square * lanes + lane, k)
                         T.buffer_store(packed, value, [panels.place(k, square * lanes, lane)])
         if rest:
             with loop(rest) as j, loop(depth) as d:
                 key = squares * lanes + j
-                T.buffer_store(packed, self.operands.key(key, d), [panels.place(d, key)])
+                T.buffer_store(packed, self._key(key, d), [panels.place(d, key)])
         if chosen.row > chosen.keys:
             with loop(depth) as d, loop(chosen.row - chosen.keys) as j:
                 T.buffer_store(packed, f32(0.0), [panels.place(d, chosen.keys + j)])
@@ -192,13 +200,20 @@ class _Task:
         panels, lanes = self.plan.key_panels, self.plan.lanes
         tile = T.alloc_buffer((lanes * lanes,), "float32", scope="local")
         for r in range(lanes):
+            _ask(self.operands.key(key + lanes + r, d))
+        for r in range(lanes):
             with loop(lanes, "vectorized") as lane:
-                T.buffer_store(tile, self.operands.key(key + r, d + lane), [r * lanes + lane])
+                T.buffer_store(tile, self._key(key + r, d + lane), [r * lanes + lane])
         transpose(tile, lanes)
         for r in range(lanes):
             with loop(lanes, "vectorized") as lane:
                 place = panels.place(d + r, key, lane)
                 T.buffer_store(self.buffers["keys"], tile[r * lanes + lane], [place])
+
+    def _key(self, key: Expr, d: Expr) -> Expr:
+        """An element of the keys, times the scale."""
+        scale = self.plan.scale * (1.0 if self.plan.adds else _LOG2_E)
+        return self.operands.key(key, d) * f32(scale)
 
     def _pack_values(self) -> None:
         chosen, panels = self.plan, self.plan.value_panels
@@ -224,8 +239,10 @@ class _Task:
     def _band(self, first_tile: Expr, tiles: Expr) -> None:
         """All phases for `tiles` tiles of rows."""
         chosen, buffers = self.plan, self.buffers
-        rows, depth, row = chosen.rows, chosen.key_panels.depth, chosen.row
-        self._pack_queries(first_tile, tiles)
+        rows, row = chosen.rows, chosen.row
+        keys: Expr | None = None
+        if chosen.causal:
+            keys = tirx.min(chosen.keys, tirx.min((first_tile + tiles) * rows, chosen.queries))
 
         def score(t: Expr, r: int, first: Expr, count: int, value: Callable[[Expr], Expr]) -> None:
             query = self._query(first_tile + t) + r
@@ -235,14 +252,14 @@ class _Task:
 
         emit_product(
             chosen.key_panels, self._panels("keys", chosen.key_panels), rows, tiles,
-            lambda t, r, d: buffers["queries"][(t * rows + r) * depth + d], score,
+            lambda t, r, d: self.operands.query(self._query(first_tile + t) + r, d), score,
+            by_lane=chosen.by_lane, columns=keys,
         )  # fmt: skip
-        with loop(tiles) as t:
-            if rows > 1:
-                with loop(rows // 2) as pair:
-                    self._softmax(t * rows + pair * 2, 2)
-            if rows % 2:
-                self._softmax(t * rows + rows - 1, 1)
+        block = chosen.key_panels.block
+        vectors: Expr = row // block if keys is None else (keys + (block - 1)) // block
+        self._ask_queries(first_tile + chosen.band, tiles)
+        self._each_rows(tiles, lambda some: self._bases(some, vectors))
+        self._each_rows(tiles, lambda some: self._weigh(some, vectors))
 
         def store(t: Expr, r: int, first: Expr, count: int, value: Callable[[Expr], Expr]) -> None:
             query = self._query(first_tile + t) + r
@@ -253,6 +270,7 @@ class _Task:
         emit_product(
             chosen.value_panels, self._panels("values", chosen.value_panels), rows, tiles,
             lambda t, r, j: buffers["scores"][(t * rows + r) * row + j], store,
+            by_lane=chosen.by_lane, depth=keys,
         )  # fmt: skip
 
     def _panels(self, name: str, panels: Panels) -> Right:
@@ -260,20 +278,6 @@ class _Task:
 
     def _query(self, tile: Expr) -> Expr:
         return tile_row(tile, self.plan.rows, self.plan.queries)
-
-    def _pack_queries(self, first_tile: Expr, tiles: Expr) -> None:
-        """Copy the band's queries, times the scale."""
-        chosen, depth = self.plan, self.plan.key_panels.depth
-        scale = f32(chosen.scale * (1.0 if chosen.adds else _LOG2_E))
-        with loop(tiles) as t, loop(chosen.rows) as r:
-            query = self._query(first_tile + t) + r
-
-            def put(d: Expr, t: Expr = t, r: Expr = r, query: Expr = query) -> None:
-                place = (t * chosen.rows + r) * depth + d
-                value = self.operands.query(query, d) * scale
-                T.buffer_store(self.buffers["queries"], value, [place])
-
-            each(depth, chosen.lanes, put)
 
     def _masked(self, score: Expr, query: Expr, key: Expr, lane: Expr, count: int) -> Expr:
         """A score with the mask, in a vector that has `count` keys."""
@@ -284,44 +288,71 @@ class _Task:
             score = self.operands.mask(score, query, known)
         return tirx.Select(lane < count, score, f32(float("-inf"))) if padded else score
 
-    def _softmax(self, first: Expr, count: int) -> None:
-        """Weights of neighbouring rows, and what to multiply their sums of values with.
+    def _each_rows(self, tiles: Expr, body: Callable[[list[Expr]], None]) -> None:
+        """All rows of scores, two at a time.
 
-        Each vector depends on the one before; several rows keep the arithmetic units busy. A row
-        with nothing to attend to gives zeros, as in PyTorch. The maximum may miss NaN, which the
-        sum of the weights then finds.
+        Each vector depends on the one before; two rows keep the arithmetic units busy.
         """
-        chosen, scores = self.plan, self.buffers["scores"]
-        block = chosen.key_panels.block
-        rows = [first + n for n in range(count)]
+        rows = self.plan.rows
+        with loop(tiles) as t:
+            if rows > 1:
+                with loop(rows // 2) as pair:
+                    body([t * rows + pair * 2 + n for n in range(2)])
+            if rows % 2:
+                body([t * rows + rows - 1])
 
-        def fold(start: float, join: _Join, element: Callable[[int, Expr], Expr]) -> list[Any]:
-            sums = [_filled(block, start) for _ in rows]
-            with loop(chosen.row // block) as v:
-                for n, acc in enumerate(sums):
-                    with loop(block, "vectorized") as lane:
-                        value = element(n, rows[n] * chosen.row + v * block + lane)
-                        T.buffer_store(acc, join(acc[lane], value), [lane])
-            for acc in sums:
-                _halve(acc, block, join)
-            return sums
+    def _fold(
+        self, rows: list[Expr], vectors: Expr, start: float, join: _Join,
+        element: Callable[[int, Expr], Expr],
+    ) -> list[Expr]:  # fmt: skip
+        """Fold the first vectors of each of the rows."""
+        row, block = self.plan.row, self.plan.key_panels.block
+        sums = [_filled(block, start) for _ in rows]
+        with loop(vectors) as v:
+            for n, acc in enumerate(sums):
+                with loop(block, "vectorized") as lane:
+                    value = element(n, rows[n] * row + v * block + lane)
+                    T.buffer_store(acc, join(acc[lane], value), [lane])
+        for acc in sums:
+            _halve(acc, block, join)
+        return [acc[0] for acc in sums]
 
-        tops = fold(float("-inf"), _larger, lambda n, place: scores[place])
-        nothing = [top[0] == f32(float("-inf")) for top in tops]
+    def _bases(self, rows: list[Expr], vectors: Expr) -> None:
+        """What to subtract from the rows' scores: the largest of them, as a number.
+
+        It may miss NaN, which the sum of the weights then finds.
+        """
+        scores = self.buffers["scores"]
+        tops = self._fold(rows, vectors, float("-inf"), _larger, lambda _, place: scores[place])
+        for row, top in zip(rows, tops, strict=True):
+            T.buffer_store(self.buffers["bases"], _larger(top, f32(_LOWEST)), [row])
+
+    def _weigh(self, rows: list[Expr], vectors: Expr) -> None:
+        """Weights of the rows' scores, and what to multiply their sums of values with.
+
+        A row with nothing to attend to gives zeros, as in PyTorch.
+        """
+        scores, adds = self.buffers["scores"], self.plan.adds
         bases = [_filled(1, 0.0) for _ in rows]
-        for n, base in enumerate(bases):
-            T.buffer_store(base, tirx.Select(nothing[n], f32(0.0), tops[n][0]), [0])
+        for row, base in zip(rows, bases, strict=True):
+            T.buffer_store(base, self.buffers["bases"][row], [0])
 
         def weigh(n: int, place: Expr) -> Expr:
             moved = scores[place] - bases[n][0]
-            weight = M.share(_exp2(moved * f32(_LOG2_E) if chosen.adds else moved))
+            weight = M.share(M.exp2_nonpositive(moved * f32(_LOG2_E) if adds else moved))
             T.buffer_store(scores, weight, [place])
             return weight
 
-        totals = fold(0.0, lambda a, b: a + b, weigh)
-        for n, total in enumerate(totals):
-            share = tirx.Select(nothing[n], f32(0.0), f32(1.0) / total[0])
-            T.buffer_store(self.buffers["shares"], share, [rows[n]])
+        totals = self._fold(rows, vectors, 0.0, lambda a, b: a + b, weigh)
+        for row, total in zip(rows, totals, strict=True):
+            share = tirx.Select(M.equal(total, f32(0.0)), f32(0.0), f32(1.0) / total)
+            T.buffer_store(self.buffers["shares"], share, [row])
+
+
+def _ask(element: Expr) -> None:
+    """Ask for an element ahead, or for what would be there behind the last one."""
+    if not isinstance(element, tirx.FloatImm):
+        prefetch(element)
 
 
 def _larger(a: Expr, b: Expr) -> Expr:
@@ -341,13 +372,3 @@ def _halve(acc: Any, lanes: int, join: _Join) -> None:
         lanes //= 2
         with loop(lanes, "vectorized") as lane:
             T.buffer_store(acc, join(acc[lane], acc[lane + lanes]), [lane])
-
-
-def _exp2(x: Expr) -> Expr:
-    """2 to the x for x ≤ 0, max 2 ulp; results below 2^-126.5 become 0."""
-    x = M.at_least(x, -127.0)
-    shifted = M.share(x + f32(_SHIFT))
-    r = M.share(x - M.share(shifted - f32(_SHIFT)))
-    value = M.share(r * M.horner(r, _EXP2) + f32(1.0))
-    # The exponent's bits of 2⁻¹²⁷ are those of 0.
-    return value * M.from_bits(M.bits(shifted) << 23)

@@ -110,7 +110,10 @@ def _thrashes(panels: Panels, l1_bytes: int) -> bool:
 
 
 def lower_attention(request: Request) -> KernelSource | None:
-    """`scaled_dot_product_attention` with optional mask, causal or not, grouped heads or not."""
+    """`scaled_dot_product_attention` with optional mask, causal or not, grouped heads or not.
+
+    Permutes behind it are where the results are stored.
+    """
     call = request.call
     q, k, v = (call[name] for name in ("query", "key", "value"))
     shape = call.shape
@@ -119,9 +122,10 @@ def lower_attention(request: Request) -> KernelSource | None:
     depth, width = G.shape(q)[-1], G.shape(v)[-1]
     scale = call["scale"] if call["scale"] is not None else 1.0 / sqrt(depth)
     chosen = attention.plan(
-        prod(lead), queries, keys, depth, width, float(scale), _adds(call),
+        prod(lead), queries, keys, depth, width, float(scale), _adds(call), call["is_causal"],
         request.target.isa, request.target.l2_bytes,
     )  # fmt: skip
+    order = _stored_order(request)
     repeat = 1
     if call.arguments.get("enable_gqa"):
         repeat = G.shape(q)[-3] // G.shape(k)[-3]
@@ -145,8 +149,9 @@ def lower_attention(request: Request) -> KernelSource | None:
 
         def store(i: Expr, column: Expr, value: Expr) -> None:
             index = (*batch, i, column)
+            place = tuple(index[axis] for axis in order)
             group.give(request.anchor, lambda _: value)
-            out.store(index, group.read(request.root, index))
+            out.store(place, group.read(request.root, place))
 
         operands = attention.Operands(
             lambda i, d: group.read(q, (*q_batch, i, d)),
@@ -157,10 +162,23 @@ def lower_attention(request: Request) -> KernelSource | None:
         )
         attention.emit(chosen, part, operands, scratch)
 
-    flops = 2 * prod(lead) * queries * keys * (depth + width)
+    pairs = queries * keys
+    if call["is_causal"]:
+        pairs = sum(min(query + 1, keys) for query in range(queries))
+    flops = 2 * prod(lead) * pairs * (depth + width)
     origin = f"attention {chosen.value_panels.width}×{chosen.rows}"
     return KernelSource(origin, prod(lead) * chosen.parts.count, flops, emit, request.reads,
                         scratch=chosen.places["end"] * 4)  # fmt: skip
+
+
+def _stored_order(request: Request) -> list[int]:
+    """The axis of the anchor's result that each axis of the stored one is."""
+    node, order = request.anchor, list(range(len(request.call.shape)))
+    while node is not request.root:
+        (node,) = node.users
+        if OPS[node.target].name == "permute":
+            order = [order[axis] for axis in Call(node)["dims"]]
+    return order
 
 
 def _adds(call: Call) -> bool:

@@ -7,7 +7,8 @@ Matrix Multiplication", 2008).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from graphopt.backends.kernels.tiling import Split, fits, step_time
 from graphopt.ops.opdef import Expr
 
 _UNROLLED = 4
+"""Steps of a turn: as many as NEON's vectors have lanes."""
 _MOST_VECTORS = 8
 _MOST_ROWS = 12
 
@@ -125,6 +127,9 @@ def emit_product(
     *,
     padded: bool = True,
     before: Callable[[Expr, int], None] | None = None,
+    by_lane: bool = False,
+    columns: Expr | None = None,
+    depth: Expr | None = None,
 ) -> None:
     """Emit the product of a left operand, `tiles` tiles of `rows` rows, and one in panels.
 
@@ -139,66 +144,119 @@ def emit_product(
         store: takes the results.
         padded: whether `right` may be asked for the columns that complete the last vector.
         before: `before(panel, columns)` is emitted where the tiles turn to another panel.
+        by_lane: whether to multiply by lanes of vectors of the left operand.
+        columns: panels that begin at this column or behind it are left out.
+        depth: the left operand is 0 from here on.
     """
     full, rest = divmod(panels.columns, panels.width)
+    tile = _Tile(panels, right, rows, left, store, padded, by_lane, depth)
 
-    def one_panel(number: Expr, columns: int) -> None:
+    def one_panel(number: Expr, width: int) -> None:
         if before is not None:
-            before(number, columns)
+            before(number, width)
         with loop(tiles) as t:
-            _tile(panels, right, number, columns, t, rows, left, store, padded)
+            tile.emit(number, width, t)
 
     if full:
-        with loop(full) as number:
+        wanted = full if columns is None else tirx.min(full, _ceil_div(columns, panels.width))
+        with loop(wanted) as number:
             one_panel(number, panels.width)
     if rest:
-        one_panel(tirx.const(full, "int32"), rest)
+        with _only_if(None if columns is None else columns > full * panels.width):
+            one_panel(tirx.const(full, "int32"), rest)
 
 
-def _tile(
-    panels: Panels, right: Right, number: Expr, columns: int, t: Expr, rows: int, left: Left,
-    store: Store, padded: bool,
-) -> None:  # fmt: skip
-    block = panels.block
-    starts = range(0, columns, block)
-    counts = [min(block, columns - start) for start in starts]
-    lanes = [block if padded else count for count in counts]
-    acc = T.alloc_buffer((rows * len(starts) * block,), "float32", scope="local")
+def _ceil_div(a: Expr, b: int) -> Expr:
+    return (a + (b - 1)) // b
 
-    def each_vector(body: Callable[[int, int, int, int], None]) -> None:
-        for r in range(rows):
-            for v, start in enumerate(starts):
-                body(r, v, start, (r * len(starts) + v) * block)
 
-    def clear(r: int, v: int, start: int, slot: int) -> None:
-        with loop(lanes[v], "vectorized") as lane:
-            T.buffer_store(acc, f32(0.0), [slot + lane])
+@contextmanager
+def _only_if(condition: Expr | None) -> Iterator[None]:
+    """What is emitted inside runs where the condition holds, or always without one."""
+    if condition is None:
+        yield
+        return
+    with T.If(condition), T.Then():
+        yield
 
-    def step(k: Expr) -> None:
-        x = [left(t, r, k) for r in range(rows)]
 
-        def multiply(r: int, v: int, start: int, slot: int) -> None:
+@dataclass(frozen=True)
+class _Tile:
+    """What the register tiles of a product have in common: see `emit_product`."""
+
+    panels: Panels
+    right: Right
+    rows: int
+    left: Left
+    store: Store
+    padded: bool
+    by_lane: bool
+    depth: Expr | None
+
+    def emit(self, number: Expr, columns: int, t: Expr) -> None:
+        """Emit the tile of rows `t` by the first columns of a panel."""
+        block = self.panels.block
+        starts = range(0, columns, block)
+        counts = [min(block, columns - start) for start in starts]
+        lanes = [block if self.padded else count for count in counts]
+        acc = T.alloc_buffer((self.rows * len(starts) * block,), "float32", scope="local")
+
+        def each_vector(body: Callable[[int, int, int, int], None]) -> None:
+            for r in range(self.rows):
+                for v, start in enumerate(starts):
+                    body(r, v, start, (r * len(starts) + v) * block)
+
+        def clear(r: int, v: int, start: int, slot: int) -> None:
             with loop(lanes[v], "vectorized") as lane:
-                value = acc[slot + lane] + x[r] * right(number, k, start + lane)
-                T.buffer_store(acc, value, [slot + lane])
+                T.buffer_store(acc, f32(0.0), [slot + lane])
 
-        each_vector(multiply)
+        def step(k: Expr, x: list[Expr]) -> None:
+            def multiply(r: int, v: int, start: int, slot: int) -> None:
+                with loop(lanes[v], "vectorized") as lane:
+                    value = acc[slot + lane] + x[r] * self.right(number, k, start + lane)
+                    T.buffer_store(acc, value, [slot + lane])
 
-    each_vector(clear)
-    # A single row waits for memory, which comes faster when it is asked for in one place at a time.
-    unrolled = _UNROLLED if rows > 1 else 1
-    turns, more = divmod(panels.depth, unrolled)
-    if turns:
-        with loop(turns) as turn:
-            for c in range(unrolled):
-                step(turn * unrolled + c)
-    for c in range(more):
-        step(tirx.const(turns * unrolled + c, "int32"))
-    each_vector(
-        lambda r, v, start, slot: store(
-            t, r, number * panels.width + start, counts[v], lambda lane: acc[slot + lane]
+            each_vector(multiply)
+
+        each_vector(clear)
+        self._steps(t, step)
+        each_vector(
+            lambda r, v, start, slot: self.store(
+                t, r, number * self.panels.width + start, counts[v], lambda lane: acc[slot + lane]
+            )
         )
-    )
+
+    def _steps(self, t: Expr, step: Callable[[Expr, list[Expr]], None]) -> None:
+        """All steps over the depth."""
+
+        def one(k: Expr) -> None:
+            step(k, [self.left(t, r, k) for r in range(self.rows)])
+
+        # A single row waits for memory, which comes faster when it is asked for in one place at a
+        # time.
+        unrolled = _UNROLLED if self.rows > 1 else 1
+        turns, more = divmod(self.panels.depth, unrolled)
+        wanted = turns if self.depth is None else tirx.min(turns, _ceil_div(self.depth, unrolled))
+        if turns:
+            with loop(wanted) as turn:
+                if self.by_lane and self.rows > 1:
+                    self._by_lane(t, turn * unrolled, step)
+                else:
+                    for c in range(unrolled):
+                        one(turn * unrolled + c)
+        if more:
+            with _only_if(None if self.depth is None else self.depth > turns * unrolled):
+                for c in range(more):
+                    one(tirx.const(turns * unrolled + c, "int32"))
+
+    def _by_lane(self, t: Expr, first: Expr, step: Callable[[Expr, list[Expr]], None]) -> None:
+        """As many steps as a vector of the left operand has lanes: one load of it for all."""
+        x = T.alloc_buffer((self.rows * _UNROLLED,), "float32", scope="local")
+        for r in range(self.rows):
+            with loop(_UNROLLED, "vectorized") as lane:
+                T.buffer_store(x, self.left(t, r, first + lane), [r * _UNROLLED + lane])
+        for c in range(_UNROLLED):
+            step(first + c, [x[r * _UNROLLED + c] for r in range(self.rows)])
 
 
 def transpose(tile: Any, lanes: int) -> None:

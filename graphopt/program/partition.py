@@ -26,7 +26,8 @@ _MOVES = ("permute", "expand", "slice", "select", "reshape", "clone")
 expression: functions and gathers bind values first, and those reads would happen everywhere."""
 
 _READERS = ("attention",)
-"""Anchors that read their operands through permutes and slices instead of waiting for a copy."""
+"""Anchors that read their operands through permutes and slices instead of waiting for a copy, and
+store their result through permutes."""
 
 _HEADS = (Kind.ANCHOR, Kind.REDUCTION)
 
@@ -132,6 +133,8 @@ def _may_join(
     if other.alias:
         return False
     if other.anchor is not None:
+        if OPS[node.target].name == "permute":
+            return OPS[other.anchor.target].name in _READERS and _keeps_last_axis(node)
         # As epilogue: the node works on exactly what the anchor computes, in its iteration order.
         return (
             kind is Kind.ELEMENTWISE

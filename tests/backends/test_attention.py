@@ -115,6 +115,39 @@ def test_heads_that_lie_between_each_other() -> None:
     check(b)
 
 
+@pytest.mark.parametrize("target", ["host", "arm"])
+def test_permutes_behind_it_are_where_it_stores(target: str) -> None:
+    b = Builder(12)
+    y = attend(b, (2, 5, 7, 12), (2, 5, 9, 12))
+    y = b.op(aten.permute.default, b.op(aten.relu.default, y), [2, 0, 1, 3])
+    # Read where the result is stored, not where the head is.
+    y = b.op(aten.mul.Tensor, y, b.input(b.random(7, 2, 5, 12)))
+    y = b.op(aten.permute.default, y, [1, 0, 2, 3])
+    b.returns(b.op(aten.reshape.default, y, [2, 7, 60]))
+    # Of equal lengths, so that the order of axes does not show in the shape.
+    square = attend(b, (1, 6, 6, 8), (1, 6, 6, 8))
+    b.returns(b.op(aten.permute.default, square, [0, 2, 1, 3]))
+    # The last axis moves: a copy.
+    last = attend(b, (1, 6, 6, 8), (1, 6, 6, 8))
+    b.returns(b.op(aten.permute.default, last, [0, 1, 3, 2]))
+    program = check(b, target=target)
+    made = [step.ops for step in program.steps if "attention" in step.ops]
+    assert [ops.count("permute") for ops in made] == [2, 1, 0]
+
+
+@pytest.mark.parametrize("target", ["host", "arm"])
+def test_causal_leaves_out_what_is_above_the_diagonal(target: str) -> None:
+    """Bands of queries, several tasks, fewer or more queries than keys, values of any width."""
+    b = Builder(13)
+    for queries, keys, heads in [(131, 131, 1), (70, 133, 2), (133, 45, 6), (50, 50, 6)]:
+        shape = (1, heads, queries, 12)
+        b.returns(attend(b, shape, (1, heads, keys, 12), width=21, is_causal=True))
+        keep = torch.rand(queries, keys, generator=b.generator) > 0.5
+        full = keep & torch.ones(queries, keys, dtype=torch.bool).tril()
+        b.returns(attend(b, shape, (1, heads, keys, 12), full))
+    check(b, target=target, threads=2)
+
+
 def test_scores_of_any_size() -> None:
     """Scales of both signs, scores far apart, and masks of the lowest float instead of -inf."""
     b = Builder(10)
