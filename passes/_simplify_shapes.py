@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -162,6 +165,46 @@ def _slice_before_permute(ed: Editor, pair: Pair) -> fx.Node:
     return ed.call(aten.permute.default, piece, list(order))
 
 
+@dataclass(frozen=True)
+class _Heads:
+    """A slice, its reshape, and what is the same: a reshape to `sizes`, sliced along `dim`."""
+
+    inner: fx.Node
+    outer: fx.Node
+    sizes: list[int]
+    dim: int
+    start: int
+
+
+def _heads_of_slice(_gm: fx.GraphModule, node: fx.Node) -> _Heads | None:
+    """A reshape of a slice that only permutes read, as heads of attention are cut."""
+    inner = _source(node)
+    if not calls(inner, aten.slice.Tensor) or bind(inner)["step"] != 1 or only_user(inner) is None:
+        return None
+    if not all(calls(user, aten.permute.default) for user in node.users) or 0 in shape(node):
+        return None
+    cut, sizes = bind(inner), list(shape(node))
+    before, behind = (math.prod(part) for part in _around(shape(inner), cut["dim"]))
+    first, whole = cut["start"] * behind, shape(cut["self"])[cut["dim"]] * behind
+    for dim in range(len(sizes)):
+        lead, unit = (math.prod(part) for part in _around(sizes, dim))
+        if lead == before and first % unit == whole % unit == 0:
+            sizes[dim] = whole // unit
+            return _Heads(inner, node, sizes, dim, first // unit)
+    return None
+
+
+def _around(sizes: Sequence[int], dim: int) -> tuple[Sequence[int], Sequence[int]]:
+    return sizes[:dim], sizes[dim + 1 :]
+
+
+def _reshape_before_slice(ed: Editor, found: _Heads) -> fx.Node:
+    """Reshape first: attention reads through what is left."""
+    whole = ed.call(aten.reshape.default, _source(found.inner), found.sizes)
+    end = found.start + shape(found.outer)[found.dim]
+    return ed.call(aten.slice.Tensor, whole, found.dim, found.start, end, 1)
+
+
 def _slice_of_slice(_gm: fx.GraphModule, node: fx.Node) -> Pair | None:
     inner = _source(node)
     if not calls(inner, aten.slice.Tensor) or bind(inner)["dim"] != bind(node)["dim"]:
@@ -273,6 +316,12 @@ RULES: tuple[Rule[Any], ...] = (
         (aten.reshape.default,),
         _ones_after_permute,
         _ones_before_permute,
+    ),
+    Rule(
+        "reshape before slice where heads of attention are cut",
+        (aten.reshape.default,),
+        _heads_of_slice,
+        _reshape_before_slice,
     ),
     Rule("slice before permute", (aten.slice.Tensor,), _slice_of_permute, _slice_before_permute),
     Rule("merge reshapes", (aten.reshape.default,), _twice(aten.reshape.default), _skip_inner),

@@ -18,7 +18,7 @@ from graphopt.passes.rewrite import Editor, Refusal, Rule, apply_rules
 
 # Adding this to a score leaves e^score = 0 beside any other score, and beside nothing but equals
 # leaves them equal: a float32 score is lost in the rounding.
-_AS_GOOD_AS_MINUS_INFINITY = -1e9
+AS_GOOD_AS_MINUS_INFINITY = -1e9
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ def _mask_problem(mask: Mask, scores: tuple[int, ...]) -> str:
         return f"the mask of shape {list(sizes)} is wider than the scores {list(scores)}"
     if mask.when is None and g.value(mask.tensor).dtype != torch.float32:
         return f"the mask is {g.value(mask.tensor).dtype}, not torch.float32"
-    if mask.when is not None and not mask.number <= _AS_GOOD_AS_MINUS_INFINITY:
+    if mask.when is not None and not mask.number <= AS_GOOD_AS_MINUS_INFINITY:
         return f"masked scores are set to {mask.number:g}, which does not act as −∞"
     return ""
 

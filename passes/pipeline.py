@@ -19,6 +19,7 @@ from graphopt.passes.fuse_attention import FuseAttention
 from graphopt.passes.fuse_gelu import FuseGelu
 from graphopt.passes.fuse_layer_norm import FuseLayerNorm
 from graphopt.passes.merge_siblings import MergeSiblings
+from graphopt.passes.read_causal_masks import ReadCausalMasks
 from graphopt.passes.simplify import Simplify
 
 
@@ -40,6 +41,7 @@ def default_pipeline() -> list[Pass]:
         FoldPad(),
         # The folds leave products of constants, and layers that are equal only now.
         FoldConstants(),
+        ReadCausalMasks(),
         Simplify(),
         EliminateCommonSubexpressions(),
         EliminateDeadCode(),

@@ -72,6 +72,16 @@ CASES: dict[str, tuple[Callable[[Build], fx.Node], list[str]]] = {
         lambda b: reshape(
             b, cut(b, permute(b, b.input(1, 7, 3, 2, 5), 2, 0, 3, 1, 4), 0, 1, 2), 1, 2, 7, 5
         ),
+        ["reshape", "slice", "permute"],
+    ),
+    "heads of queries out of one product": (
+        lambda b: permute(
+            b, reshape(b, cut(b, b.input(2, 7, 24), 2, 8, 16), 2, 7, 2, 4), 0, 2, 1, 3
+        ),
+        ["reshape", "slice", "permute"],
+    ),
+    "a slice that heads go across": (
+        lambda b: permute(b, reshape(b, cut(b, b.input(3, 5, 4), 1, 1, 3), 2, 3, 4), 1, 0, 2),
         ["slice", "reshape", "permute"],
     ),
     "ones between moved dimensions": (
