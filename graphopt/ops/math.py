@@ -279,9 +279,8 @@ def exp2_nonpositive(x: Expr) -> Expr:
     """2 to the x for x ≤ 0, max 2.2 ulp; results below 2^-126.5 become 0."""
     x = at_least(x, -127.0)
     # The exponent's bits of 2⁻¹²⁷ are those of 0.
-    biased = const(_SHIFT + 127)
-    shifted = share(x + biased)
-    r = share(x - share(shifted - biased))
+    shifted = share(x + const(_SHIFT_TO_EXPONENT))
+    r = share(x - share(shifted - const(_SHIFT_TO_EXPONENT)))
     value = share(r * horner(r, _EXP2_SHORT) + const(1.0))
     return value * from_bits(bits(shifted) << 23)
 
