@@ -50,7 +50,7 @@ from graphopt.runtime.artifact import build_artifact
 from graphopt.runtime.load import LoadedModel, load
 from graphopt.runtime.profile import profile_steps
 
-WINOGRAD = {f"F({m})": m for m in (2, 4)}
+WINOGRAD = {f"F({m})": m for m in (2, 3, 4)}
 CACHES = 64 << 20
 """Bytes to read for the weights to leave the caches."""
 
@@ -85,7 +85,7 @@ class Candidate:
 
 
 def algorithm_of(generator: str) -> str:
-    """`F(2)` or `F(4)`, or the generator's name."""
+    """`F(2)` and the like, or the generator's name."""
     winograd = re.match(r"winograd F\((\d)", generator)
     return f"F({winograd[1]})" if winograd else generator.split()[0]
 
