@@ -164,7 +164,7 @@ def test_every_way_is_offered_once() -> None:
         names = [each.name for each in three_by_three(target).candidates]
         assert len(set(names)) == len(names)
         assert {name.split()[0] for name in names} == {"winograd", "conv_direct"}
-        assert sum(name.startswith("winograd") for name in names) == 2
+        assert sum(name.startswith("winograd") for name in names) == 3
         assert all(each.cycles > 0 for each in three_by_three(target).candidates)
 
 
