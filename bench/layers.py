@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from graphopt import graph as G
-from graphopt.backends.kernels.conv_direct import ConvSpec
+from graphopt.backends.kernels.conv_spec import ConvSpec
 from graphopt.ops import OPS
 from graphopt.ops.opdef import Call
 from tests.backends.harness import Builder

@@ -22,8 +22,8 @@ from graphopt.backends.kernels.base import (
     same_place,
 )
 from graphopt.backends.kernels.builder import View
-from graphopt.backends.kernels.conv_direct import Accessors, ConvSpec
 from graphopt.backends.kernels.conv_product import Product, deep_products, key_of, products
+from graphopt.backends.kernels.conv_spec import Accessors, ConvSpec
 from graphopt.backends.kernels.fusion import Group
 from graphopt.ops.opdef import Call, Expr, Index
 from graphopt.program.layout import PLAIN, block_of

@@ -27,7 +27,8 @@ from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.isa.base import Isa
 from graphopt.backends.kernels.builder import barrier, f32, loop, prefetch, unflatten
-from graphopt.backends.kernels.conv_direct import Accessors, ConvSpec, finish, finish_pixel
+from graphopt.backends.kernels.conv_direct import finish, finish_pixel
+from graphopt.backends.kernels.conv_spec import Accessors, ConvSpec
 from graphopt.backends.kernels.lanes import QUAD, multiply_by_lanes
 from graphopt.backends.kernels.product import span
 from graphopt.backends.kernels.tiling import LINE, Split, Tile, best_tiles, split, step_time

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from graphopt.backends.kernels import conv_deep, conv_direct
+from graphopt.backends.kernels import conv_deep, conv_direct, conv_direct_plan
 from graphopt.backends.kernels.base import Request
 from graphopt.backends.kernels.conv_deep import DeepPlan
-from graphopt.backends.kernels.conv_direct import Accessors, ConvPlan, ConvSpec
+from graphopt.backends.kernels.conv_direct_plan import ConvPlan
+from graphopt.backends.kernels.conv_spec import Accessors, ConvSpec
 from graphopt.backends.target import Target
 from graphopt.ops.opdef import Expr
 
@@ -50,7 +51,7 @@ def products(spec: ConvSpec, target: Target, *, may_gather: bool = True) -> list
     isa = target.isa
     direct = [
         _direct(plan, target)
-        for plan in conv_direct.plans(spec, isa, target.l2_bytes, plain=not may_gather)
+        for plan in conv_direct_plan.plans(spec, isa, target.l2_bytes, plain=not may_gather)
     ]
     plans = conv_deep.plans(spec, isa, target.l2_bytes)
     if not plans or (plans[0].gathers and not may_gather):
@@ -69,7 +70,7 @@ def deep_products(spec: ConvSpec, target: Target) -> list[Product]:
 
 def _direct(plan: ConvPlan, target: Target) -> Product:
     return Product(
-        plan.describe(), conv_direct.cost(plan, target.isa), plan.tasks, 0,
+        plan.describe(), conv_direct_plan.cost(plan, target.isa), plan.tasks, 0,
         lambda weight: conv_direct.pack_weights(weight, plan),
         lambda task, weights, scratch, access: conv_direct.emit(plan, task, weights, access),
     )  # fmt: skip

@@ -18,13 +18,8 @@ from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.isa.base import Isa
 from graphopt.backends.kernels.builder import f32, unflatten
-from graphopt.backends.kernels.conv_direct import (
-    Accessors,
-    ConvSpec,
-    Segment,
-    kernel_rows,
-    row_segments,
-)
+from graphopt.backends.kernels.conv_direct_plan import Segment, row_segments
+from graphopt.backends.kernels.conv_spec import Accessors, ConvSpec, kernel_rows
 from graphopt.ops.opdef import Expr
 
 _MAX_TAPS = 11

@@ -20,8 +20,8 @@ from graphopt.backends.kernels.base import (
     same_place,
 )
 from graphopt.backends.kernels.builder import View, unflatten
-from graphopt.backends.kernels.conv_direct import Accessors, ConvSpec
 from graphopt.backends.kernels.conv_product import Product, key_of, products
+from graphopt.backends.kernels.conv_spec import Accessors, ConvSpec
 from graphopt.backends.kernels.fusion import Group
 from graphopt.ops import OPS
 from graphopt.ops.opdef import Expr, Index

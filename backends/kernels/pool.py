@@ -12,7 +12,7 @@ from torch import fx
 from graphopt.backends.kernels import depthwise
 from graphopt.backends.kernels.base import KernelSource, Request
 from graphopt.backends.kernels.builder import View
-from graphopt.backends.kernels.conv_direct import Accessors, ConvSpec
+from graphopt.backends.kernels.conv_spec import Accessors, ConvSpec
 from graphopt.backends.kernels.fusion import Group
 from graphopt.backends.kernels.generic import combine, identity
 from graphopt.ops import OPS

@@ -18,11 +18,12 @@ from torch import fx
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from graphopt.backends.kernels import conv_direct
+from graphopt.backends.kernels import conv_direct, conv_direct_plan
 from graphopt.backends.kernels.base import KernelSource, Request, same_place
 from graphopt.backends.kernels.builder import View
 from graphopt.backends.kernels.conv import epilogue_store
-from graphopt.backends.kernels.conv_direct import Accessors, ConvPlan, ConvSpec
+from graphopt.backends.kernels.conv_direct_plan import ConvPlan
+from graphopt.backends.kernels.conv_spec import Accessors, ConvSpec
 from graphopt.backends.kernels.fusion import Group
 from graphopt.ops.opdef import Call, Expr
 from graphopt.program.layout import block_of
@@ -154,7 +155,7 @@ def _plan(
             n, groups, icg, ocg, (size[0], size[1]), (rows.size, columns.size),
             (len(rows.taps), len(columns.taps)), padding=(rows.padding, columns.padding),
         )  # fmt: skip
-        plan = conv_direct.plan(spec, target.isa, target.l2_bytes)
+        plan = conv_direct_plan.plan(spec, target.isa, target.l2_bytes)
         phases.append(_Phase(rows, columns, plan, tasks, weights))
         part = turned[:, :, list(rows.taps)][..., list(columns.taps)]
         packed.append(conv_direct.pack_weights(part, plan))

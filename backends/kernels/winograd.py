@@ -27,7 +27,7 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.kernels.builder import barrier, f32, loop, prefetch, unflatten
-from graphopt.backends.kernels.conv_direct import Accessors
+from graphopt.backends.kernels.conv_spec import Accessors
 from graphopt.backends.kernels.lanes import multiply, multiply_by_lanes
 from graphopt.backends.kernels.tiling import LINE, split
 from graphopt.backends.kernels.winograd_plan import (

@@ -10,7 +10,7 @@ from itertools import product
 from typing import Any
 
 from graphopt.backends.isa.base import Isa
-from graphopt.backends.kernels.conv_direct import ConvSpec
+from graphopt.backends.kernels.conv_spec import ConvSpec
 from graphopt.backends.kernels.tiling import LINE, Split, fits, split, step_time
 
 KERNEL = 3

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from graphopt.backends.kernels import conv_deep, conv_direct, winograd_plan
-from graphopt.backends.kernels.conv_direct import ConvSpec
+from graphopt.backends.kernels import conv_deep, conv_direct, conv_direct_plan, winograd_plan
+from graphopt.backends.kernels.conv_spec import ConvSpec
 from graphopt.backends.target import Target, get_target
 from tests.backends.harness import Builder, aten, check, origins
 
@@ -85,8 +85,8 @@ def test_chosen_where_weights_are_many() -> None:
         return conv_deep.plan(spec, target.isa, target.l2_bytes)
 
     def direct_cost(spec: ConvSpec) -> float:
-        plan = conv_direct.plan(spec, target.isa, target.l2_bytes)
-        return conv_direct.cost(plan, target.isa)
+        plan = conv_direct_plan.plan(spec, target.isa, target.l2_bytes)
+        return conv_direct_plan.cost(plan, target.isa)
 
     last = ConvSpec(1, 1, 512, 512, (14, 14), (7, 7), (3, 3), (2, 2), (1, 1))
     plan = deep(last)

@@ -13,7 +13,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from graphopt.backends.kernels import winograd_plan as winograd
-from graphopt.backends.kernels.conv_direct import ConvSpec
+from graphopt.backends.kernels.conv_spec import ConvSpec
 from graphopt.backends.target import get_target
 from tests.backends.harness import Builder, aten, check, origins
 
