@@ -16,7 +16,6 @@ Chellapilla et al., "High Performance Convolutional Neural Networks for Document
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,183 +24,15 @@ import numpy.typing as npt
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from graphopt.backends.isa.base import Isa
 from graphopt.backends.kernels.builder import barrier, f32, loop, prefetch, unflatten
+from graphopt.backends.kernels.conv_deep_plan import DeepPlan
 from graphopt.backends.kernels.conv_direct import finish, finish_pixel
-from graphopt.backends.kernels.conv_spec import Accessors, ConvSpec
+from graphopt.backends.kernels.conv_spec import Accessors
 from graphopt.backends.kernels.lanes import QUAD, multiply_by_lanes
 from graphopt.backends.kernels.product import span
-from graphopt.backends.kernels.tiling import LINE, Split, Tile, best_tiles, split, step_time
+from graphopt.backends.kernels.tiling import LINE, split
 from graphopt.ops.math import share
 from graphopt.ops.opdef import Expr
-
-_PANEL_BYTES = 12288
-"""Weights multiplied with all pixels before the next ones; half of a small first-level cache."""
-_SUMS_BYTES = 32768
-_MOST_PIXELS = 256
-_FEWEST_PIXELS = 4
-_FEWEST_TASKS = 8
-_FEWEST_SHARED = 16
-"""Pixels of a block, at least, where blocks are cut for the number of tasks."""
-_GATHERED_FOR = 128
-"""Output channels, at least, that what a task gathered is multiplied with."""
-_FEWEST_GATHERS = 4
-_GATHER_CYCLES = 3.0
-"""To copy one vector."""
-
-
-@dataclass(frozen=True)
-class DeepPlan:
-    """The choices for one convolution.
-
-    Attributes:
-        spec: the convolution, in one group.
-        block: channels per block.
-        channels: the blocks of output channels, cut into register tiles.
-        group: register tiles of channels in one task.
-        blocks: the pixels of an image, cut into blocks for the tasks.
-        pixels: pixels of a register tile, at most.
-        parts: equal parts of the input channels.
-        by_lane: whether a multiply-add takes one lane of a vector as its scalar.
-    """
-
-    spec: ConvSpec
-    block: int
-    channels: Split
-    group: int
-    blocks: Split
-    pixels: int
-    parts: int
-    by_lane: bool
-
-    @property
-    def width(self) -> int:
-        """Output channels of a register tile."""
-        return self.channels.size * self.block
-
-    @property
-    def taps(self) -> int:
-        """Positions of the kernel."""
-        return self.spec.kernel[0] * self.spec.kernel[1]
-
-    @property
-    def part_blocks(self) -> int:
-        """Blocks of input channels in one part."""
-        return self.spec.icg // self.block // self.parts
-
-    @property
-    def part_depth(self) -> int:
-        """Products per output in one part."""
-        return self.part_blocks * self.block * self.taps
-
-    @property
-    def groups(self) -> int:
-        """Groups of channels that are tasks of their own."""
-        return -(-self.channels.count // self.group)
-
-    @property
-    def gathers(self) -> bool:
-        """Whether the pixels' inputs are gathered in scratch first."""
-        return _gathers(self.spec)
-
-    @property
-    def sums(self) -> int:
-        """Floats of the sums kept between parts; none where there is one part."""
-        return self.group * self.blocks.size * self.width if self.parts > 1 else 0
-
-    @property
-    def scratch(self) -> int:
-        """Bytes of scratch per thread."""
-        gathered = self.blocks.size * self.part_depth if self.gathers else 0
-        return 4 * (self.sums + gathered)
-
-    @property
-    def tasks(self) -> int:
-        """Tasks in all."""
-        return self.spec.batch * self.groups * self.blocks.count
-
-    def describe(self) -> str:
-        """For the report."""
-        return f"conv_deep {self.width}×{self.pixels}"
-
-
-def _gathers(spec: ConvSpec) -> bool:
-    one_row = spec.in_size[0] == 1 and spec.in_size == spec.out_size
-    return not (one_row and spec.kernel == (1, 1) and spec.padding == (0, 0))
-
-
-def plans(spec: ConvSpec, isa: Isa, l2_bytes: int) -> tuple[DeepPlan, ...]:
-    """The plans with the best register tiles, the best first.
-
-    There are none where the weights are few or the shape is not this kernel's.
-    """
-    block = isa.block
-    out_blocks = -(-spec.ocg // block)
-    taps = spec.kernel[0] * spec.kernel[1]
-    total = spec.out_size[0] * spec.out_size[1]
-    if spec.groups > 1 or spec.icg % block or total < _FEWEST_PIXELS:
-        return ()
-    # Where a block holds all pixels, direct convolution reads the weights only once, too, but waits
-    # for them: those that would fit the second level have left it since the model's last run.
-    in_one_block = total <= _MOST_PIXELS and not _gathers(spec)
-    few = 4 * _PANEL_BYTES if in_one_block else l2_bytes * 3 // 2
-    if spec.icg * taps * out_blocks * block * 4 <= few:
-        return ()
-    blocks = split(total, min(total, _MOST_PIXELS))
-    tiles = best_tiles(out_blocks, blocks.size, isa, block)
-    return tuple(_with_tile(spec, blocks, tile, isa) for tile in tiles)
-
-
-def plan(spec: ConvSpec, isa: Isa, l2_bytes: int) -> DeepPlan | None:
-    """The best plan, or None."""
-    return next(iter(plans(spec, isa, l2_bytes)), None)
-
-
-def _with_tile(spec: ConvSpec, blocks: Split, tile: Tile, isa: Isa) -> DeepPlan:
-    block = isa.block
-    taps = spec.kernel[0] * spec.kernel[1]
-    channels = split(-(-spec.ocg // block), tile.vectors)
-    width = channels.size * block
-    in_blocks = spec.icg // block
-    most = max(1, _PANEL_BYTES // (width * block * taps * 4))
-    parts = _parts(in_blocks, most)
-    if in_blocks // parts <= most // 2:
-        # Rather a larger panel than the sums' way to scratch and back for little depth.
-        parts = _parts(in_blocks, 2 * most)
-    if not _gathers(spec):
-        blocks = _shared(blocks, spec.batch * channels.count)
-    group = max(1, _SUMS_BYTES // (blocks.size * width * 4)) if parts > 1 else 1
-    shares = max(1, _FEWEST_TASKS // (spec.batch * blocks.count))
-    group = min(group, max(1, channels.count // shares))
-    if _gathers(spec):
-        group = min(max(group, _GATHERED_FOR // width), -(-channels.count // _FEWEST_GATHERS))
-    return DeepPlan(spec, block, channels, group, blocks, tile.pixels, parts, isa.lane_operand)
-
-
-def _shared(blocks: Split, tiles: int) -> Split:
-    """The pixels in more blocks, where so many tiles of channels are too few tasks."""
-    cuts = min(-(-_FEWEST_TASKS // tiles), blocks.total // _FEWEST_SHARED)
-    return split(blocks.total, -(-blocks.total // cuts)) if cuts > blocks.count else blocks
-
-
-def _parts(in_blocks: int, most: int) -> int:
-    """The fewest equal parts of at most so many blocks."""
-    return next(n for n in range(1, in_blocks + 1) if in_blocks % n == 0 and in_blocks // n <= most)
-
-
-def cost(deep: DeepPlan, isa: Isa) -> float:
-    """Estimated cycles of one core: the products, and gathering once for every group."""
-    spec = deep.spec
-    cut = split(deep.blocks.size, deep.pixels)
-    registers = deep.width // isa.lanes()
-    steps = cut.large * step_time(registers, cut.size, isa)
-    steps += (cut.count - cut.large) * step_time(registers, cut.size - 1, isa)
-    depth = spec.icg * deep.taps
-    images = spec.batch * deep.blocks.count
-    gathering = 0.0
-    if deep.gathers:
-        gathering = deep.groups * deep.blocks.size * depth / isa.lanes() * _GATHER_CYCLES
-    return images * (deep.channels.count * depth * steps + gathering)
 
 
 def pack_weights(weight: npt.NDArray[Any], deep: DeepPlan) -> npt.NDArray[np.float32]:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from graphopt.backends.kernels import conv_deep, conv_direct, conv_direct_plan
+from graphopt.backends.kernels import conv_deep, conv_deep_plan, conv_direct, conv_direct_plan
 from graphopt.backends.kernels.base import Request
-from graphopt.backends.kernels.conv_deep import DeepPlan
+from graphopt.backends.kernels.conv_deep_plan import DeepPlan
 from graphopt.backends.kernels.conv_direct_plan import ConvPlan
 from graphopt.backends.kernels.conv_spec import Accessors, ConvSpec
 from graphopt.backends.target import Target
@@ -53,7 +53,7 @@ def products(spec: ConvSpec, target: Target, *, may_gather: bool = True) -> list
         _direct(plan, target)
         for plan in conv_direct_plan.plans(spec, isa, target.l2_bytes, plain=not may_gather)
     ]
-    plans = conv_deep.plans(spec, isa, target.l2_bytes)
+    plans = conv_deep_plan.plans(spec, isa, target.l2_bytes)
     if not plans or (plans[0].gathers and not may_gather):
         return direct
     deep = [_deep(plan, target) for plan in plans]
@@ -65,7 +65,7 @@ def products(spec: ConvSpec, target: Target, *, may_gather: bool = True) -> list
 
 def deep_products(spec: ConvSpec, target: Target) -> list[Product]:
     """The ways with weights that do not fit the second-level cache, the best first."""
-    return [_deep(plan, target) for plan in conv_deep.plans(spec, target.isa, target.l2_bytes)]
+    return [_deep(plan, target) for plan in conv_deep_plan.plans(spec, target.isa, target.l2_bytes)]
 
 
 def _direct(plan: ConvPlan, target: Target) -> Product:
@@ -78,7 +78,7 @@ def _direct(plan: ConvPlan, target: Target) -> Product:
 
 def _deep(plan: DeepPlan, target: Target) -> Product:
     return Product(
-        plan.describe(), conv_deep.cost(plan, target.isa), plan.tasks, plan.scratch,
+        plan.describe(), conv_deep_plan.cost(plan, target.isa), plan.tasks, plan.scratch,
         lambda weight: conv_deep.pack_weights(weight, plan),
         lambda task, weights, scratch, access: conv_deep.emit(
             plan, task, weights, scratch, access

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from graphopt.backends.kernels import conv_deep, conv_direct, conv_direct_plan, winograd_plan
+from graphopt.backends.kernels import conv_deep_plan, conv_direct_plan, winograd_plan
 from graphopt.backends.kernels.conv_spec import ConvSpec
 from graphopt.backends.target import Target, get_target
 from tests.backends.harness import Builder, aten, check, origins
@@ -34,9 +34,9 @@ def test_any_convolution(
     reach = [(k - 1) * dilation + 1 - 2 * padding for k in kernel]
     height, width = (max(n, r) for n, r in zip(size, reach, strict=True))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conv_deep, "_PANEL_BYTES", panel)
-        patch.setattr(conv_deep, "_MOST_PIXELS", most_pixels)
-        patch.setattr(conv_direct, "cost", lambda *_: float("inf"))
+        patch.setattr(conv_deep_plan, "_PANEL_BYTES", panel)
+        patch.setattr(conv_deep_plan, "_MOST_PIXELS", most_pixels)
+        patch.setattr(conv_direct_plan, "cost", lambda *_: float("inf"))
         patch.setattr(winograd_plan, "supports", lambda _: False)
         b = Builder(height)
         x = b.conv(b.input(b.random(batch, 3, height, width)), channels, (1, 1))
@@ -54,9 +54,9 @@ def test_patches_of_a_plain_image(
     target: str, kernel: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Windows side by side, with columns left over; ragged channels, batches, several parts."""
-    monkeypatch.setattr(conv_deep, "_PANEL_BYTES", 2048)
-    monkeypatch.setattr(conv_deep, "_MOST_PIXELS", 7)
-    monkeypatch.setattr(conv_direct, "cost", lambda *_: float("inf"))
+    monkeypatch.setattr(conv_deep_plan, "_PANEL_BYTES", 2048)
+    monkeypatch.setattr(conv_deep_plan, "_MOST_PIXELS", 7)
+    monkeypatch.setattr(conv_direct_plan, "cost", lambda *_: float("inf"))
     b = Builder(0)
     x = b.input(b.random(2, 4, 3 * kernel[0] + 1, 4 * kernel[1] + kernel[1] // 2))
     y = b.op(aten.relu.default, b.conv(x, 21, kernel, stride=list(kernel)))
@@ -68,8 +68,8 @@ def test_patches_of_a_plain_image(
 @pytest.mark.parametrize("target", ["host", "arm"])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_linear_in_parts(target: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conv_deep, "_PANEL_BYTES", 2048)
-    monkeypatch.setattr(conv_deep, "_MOST_PIXELS", 40)
+    monkeypatch.setattr(conv_deep_plan, "_PANEL_BYTES", 2048)
+    monkeypatch.setattr(conv_deep_plan, "_MOST_PIXELS", 40)
     b = Builder(0)
     x = b.input(b.random(1, 77, 96))
     y = b.op(aten.linear.default, x, b.constant(b.random(52, 96)), b.constant(b.random(52)))
@@ -81,8 +81,8 @@ def test_linear_in_parts(target: str, threads: int, monkeypatch: pytest.MonkeyPa
 def test_chosen_where_weights_are_many() -> None:
     target = get_target("x86-64-v3")
 
-    def deep(spec: ConvSpec) -> conv_deep.DeepPlan | None:
-        return conv_deep.plan(spec, target.isa, target.l2_bytes)
+    def deep(spec: ConvSpec) -> conv_deep_plan.DeepPlan | None:
+        return conv_deep_plan.plan(spec, target.isa, target.l2_bytes)
 
     def direct_cost(spec: ConvSpec) -> float:
         plan = conv_direct_plan.plan(spec, target.isa, target.l2_bytes)
@@ -92,7 +92,7 @@ def test_chosen_where_weights_are_many() -> None:
     plan = deep(last)
     assert plan is not None
     # Measured 0.94 of the peak beside 0.64.
-    assert conv_deep.cost(plan, target.isa) < 0.8 * direct_cost(last)
+    assert conv_deep_plan.cost(plan, target.isa) < 0.8 * direct_cost(last)
     # Weights that stay in the cache; channels of no whole block.
     assert deep(dataclasses.replace(last, icg=64, ocg=64)) is None
     assert deep(dataclasses.replace(last, icg=515)) is None
@@ -103,9 +103,9 @@ def test_chosen_where_weights_are_many() -> None:
 def test_few_weights_where_one_block_holds_all_pixels() -> None:
     target = get_target("x86-64-v3")
 
-    def deep(depth: int, out: int, pixels: int) -> conv_deep.DeepPlan | None:
+    def deep(depth: int, out: int, pixels: int) -> conv_deep_plan.DeepPlan | None:
         spec = ConvSpec(1, 1, depth, out, (1, pixels), (1, pixels), (1, 1))
-        return conv_deep.plan(spec, target.isa, target.l2_bytes)
+        return conv_deep_plan.plan(spec, target.isa, target.l2_bytes)
 
     for depth, out, pixels in ((384, 64, 196), (384, 48, 169), (200, 80, 196), (672, 160, 49)):
         plan = deep(depth, out, pixels)
