@@ -13,7 +13,8 @@ _PANEL_BYTES = 12288
 _SUMS_BYTES = 32768
 _MOST_PIXELS = 256
 _FEWEST_PIXELS = 4
-_FEWEST_TASKS = 8
+_FEWEST_TASKS = 16
+"""For four threads to share evenly; one and two were 1 to 2 % faster than with eight, too."""
 _FEWEST_SHARED = 16
 """Pixels of a block, at least, where blocks are cut for the number of tasks."""
 _GATHERED_FOR = 128

@@ -110,7 +110,7 @@ def test_few_weights_where_one_block_holds_all_pixels() -> None:
     for depth, out, pixels in ((384, 64, 196), (384, 48, 169), (200, 80, 196), (672, 160, 49)):
         plan = deep(depth, out, pixels)
         assert plan is not None
-        assert plan.tasks >= 8
+        assert plan.tasks >= 16
         assert plan.blocks.size >= 16
         # Not one block of channels after the other where their number has no small divisor.
         assert plan.part_depth >= 128
@@ -126,4 +126,4 @@ def test_blocks_of_two_sizes_shared_by_tasks(target: str, threads: int) -> None:
     b.returns(b.conv(b.op(aten.add.Tensor, y, y), 4, (1, 1)))
     program = check(b, target=target, threads=threads, tolerance=5e-6)
     assert origins(program)[1] == "conv_deep"
-    assert program.steps[1].tasks >= 8
+    assert program.steps[1].tasks >= 16
