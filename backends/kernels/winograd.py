@@ -12,6 +12,10 @@ The transforms are built from interpolation points (Toom–Cook; Winograd, "Arit
 Computations", 1980), in float64 for the weights. Opposite points share half their work, and 0,
 ±3/4, ±3/2 gave about half the error of the usual 0, ±1, ±2 (`tests/backends/test_winograd.py`
 measures both).
+
+Where tasks take whole images, the last tiles of rows and columns have only the outputs that are
+left and only the places those need: F(r) at a subset of F(m)'s points, with the same weights. Each
+place is then multiplied with the tiles that have it.
 """
 
 from __future__ import annotations
