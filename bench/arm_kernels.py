@@ -146,7 +146,7 @@ CASES = {
         linear(1000),
         (1, 1280),
         blocked=False,
-        fma_share=0.55,
+        fma_share=0.60,
         limit="loads: each weight is used once, a load of a pair for every 2 multiply-adds",
     ),
     "attention": Case(attention, (1, 12, 128, 32), blocked=False),
@@ -359,7 +359,9 @@ def main() -> None:
         Console(width=None if sys.stdout.isatty() else 180).print(table(results))
         for name in dict.fromkeys(each.kernel for each in results if CASES[each.kernel].limit):
             case = CASES[name]
-            print(f"{name}: {case.fma_share:.0%} multiply-adds are enough, limited by {case.limit}")
+            print(
+                f"{name}: {case.fma_share:.0%} multiply-adds are the aim, limited by {case.limit}"
+            )
     missed = [each for each in results if each.misses]
     print(f"{len(missed)} of {len(results)} loops miss an aim", file=sys.stderr)
     if options.check and missed:

@@ -28,7 +28,7 @@ from graphopt.backends.kernels.builder import barrier, f32, loop, prefetch, unfl
 from graphopt.backends.kernels.conv_deep_plan import DeepPlan
 from graphopt.backends.kernels.conv_direct import finish, finish_pixel
 from graphopt.backends.kernels.conv_spec import Accessors
-from graphopt.backends.kernels.lanes import QUAD, multiply_by_lanes
+from graphopt.backends.kernels.lanes import QUAD, multiply, multiply_by_lanes
 from graphopt.backends.kernels.product import span
 from graphopt.backends.kernels.tiling import LINE, split
 from graphopt.ops.math import share
@@ -231,13 +231,10 @@ class _Task:
                 row += outer * (QUAD * width)
                 ask_ahead(row)
                 for c in range(QUAD):
-                    for p in range(pixels):
-                        value = x(p, number, outer * QUAD + c)
-                        for v in range(vectors):
-                            with T.vectorized(0, block) as lane:
-                                slot = (p * vectors + v) * block + lane
-                                w = self.weights[row + c * width + v * block + lane]
-                                T.buffer_store(acc, acc[slot] + value * w, [slot])
+                    multiply(
+                        acc, self.weights, row + c * width, block, range(pixels), vectors,
+                        partial(x, number=number, ci=outer * QUAD + c),
+                    )  # fmt: skip
 
     def _gather(self, part: Expr) -> None:
         """Copy what each pixel reads of the part's channels, with zeros for the padding."""

@@ -31,7 +31,7 @@ from graphopt.backends.kernels.conv_direct_plan import (
     unrolled_columns,
 )
 from graphopt.backends.kernels.conv_spec import Accessors, ConvSpec, kernel_rows
-from graphopt.backends.kernels.lanes import QUAD, Tap, multiply_by_lanes, multiply_row
+from graphopt.backends.kernels.lanes import QUAD, Tap, multiply, multiply_by_lanes, multiply_row
 from graphopt.backends.kernels.tiling import LINE
 from graphopt.ops.math import share
 from graphopt.ops.opdef import Expr
@@ -188,23 +188,16 @@ class _Row:
         is_tested = tests_columns(spec)
 
         def step(c: Expr, ih: Expr, base: Expr, kw: Expr, skipped: frozenset[int]) -> None:
-            for p in range(pixels):
-                if p in skipped:
-                    continue
+            def x(p: int) -> Expr:
                 iw = left + p * spec.stride[1] + kw * spec.dilation[1]
-                if is_tested:
-                    # Shared, or TVM drops the clamp where `inside` implies it; the load runs
-                    # anyway.
-                    near = share(tirx.max(0, tirx.min(iw, spec.in_size[1] - 1)))
-                    inside = tirx.all(iw >= 0, iw < spec.in_size[1])
-                    x = tirx.Select(inside, access.x(n, g * spec.icg + c, ih, near), f32(0.0))
-                else:
-                    x = access.x(n, g * spec.icg + c, ih, iw)
-                for v in range(vectors):
-                    with T.vectorized(0, block) as lane:
-                        slot = (p * vectors + v) * block + lane
-                        w = weights[base + v * block + lane]
-                        T.buffer_store(acc, acc[slot] + x * w, [slot])
+                if not is_tested:
+                    return access.x(n, g * spec.icg + c, ih, iw)
+                # Shared, or TVM drops the clamp where `inside` implies it; the load runs anyway.
+                near = share(tirx.max(0, tirx.min(iw, spec.in_size[1] - 1)))
+                inside = tirx.all(iw >= 0, iw < spec.in_size[1])
+                return tirx.Select(inside, access.x(n, g * spec.icg + c, ih, near), f32(0.0))
+
+            multiply(acc, weights, base, block, _inside(pixels, skipped), vectors, x)
 
         by_lane = (conv.by_lane and access.vector_in and not is_tested
                    and (spec.groups == 1 or spec.icg % block == 0))  # fmt: skip
@@ -214,8 +207,9 @@ class _Row:
                 iw = left + p * spec.stride[1] + kw * spec.dilation[1]
                 return access.x(n, g * spec.icg + c + lane, ih, iw)
 
-            inside = [p for p in range(pixels) if p not in skipped]
-            multiply_by_lanes(acc, weights, base, width, block, inside, vectors, x)
+            multiply_by_lanes(
+                acc, weights, base, width, block, _inside(pixels, skipped), vectors, x
+            )
 
         def channel_block(first: Expr, channels: int, kw: Expr, skipped: frozenset[int]) -> None:
             start = origin + (kw * spec.icg + first) * (kernel_h * width)
@@ -265,6 +259,10 @@ class _Row:
             with loop(kernel_w) as kw:
                 kernel_column(kw, frozenset())
         end(acc, pixels, column)
+
+
+def _inside(pixels: int, skipped: frozenset[int]) -> list[int]:
+    return [p for p in range(pixels) if p not in skipped]
 
 
 def _multiply_rows(

@@ -64,7 +64,7 @@ def products(spec: ConvSpec, target: Target, *, may_gather: bool = True) -> list
 
 
 def deep_products(spec: ConvSpec, target: Target) -> list[Product]:
-    """The ways with weights that do not fit the second-level cache, the best first."""
+    """The ways of `conv_deep`, the best first."""
     return [_deep(plan, target) for plan in conv_deep_plan.plans(spec, target.isa, target.l2_bytes)]
 
 

@@ -32,7 +32,7 @@ _CHANNELS_AT_ONCE = 32
 _MOST_TILES = 48
 _MOST_OF_IMAGES = 64
 """Tiles in a task; of whole images more, since their last tiles save up to a quarter."""
-PANEL_BYTES = 4096
+_PANEL_BYTES = 4096
 """Weights multiplied with all tiles before the next ones: they share the first-level cache with
 their inputs."""
 
@@ -225,9 +225,9 @@ class WinogradPlan:
         """Equal parts the input channels are multiplied in: a panel of weights stays in L1."""
         full, rest = divmod(self.spec.icg, self.block)
         block_bytes = self.width * self.block * 4
-        if rest or full * block_bytes <= 2 * PANEL_BYTES:
+        if rest or full * block_bytes <= 2 * _PANEL_BYTES:
             return 1
-        most = PANEL_BYTES // block_bytes
+        most = _PANEL_BYTES // block_bytes
         return next((n for n in range(1, full + 1) if full % n == 0 and full // n <= most), 1)
 
     @property
