@@ -227,6 +227,7 @@ def _winograd(
             vector=True,
             padded=True,
             heavy=request.heavy_epilogue,
+            out=lambda n, c, h, w: out.load((n, c, h, w)),
         )
         winograd.emit(plan, task, constants[0], scratch, access)
 

@@ -45,6 +45,7 @@ class Accessors:
         heavy: whether the epilogue is too long to repeat for every accumulator.
         ahead: whether to ask for the next pixels' inputs, which come from far.
         vector_in: whether neighbouring channels of the input are neighbours in memory.
+        out: `(n, channel, row, column)` → the output element, for asking for its cache line.
     """
 
     x: Callable[[Expr, Expr, Expr, Expr], Expr]
@@ -54,6 +55,7 @@ class Accessors:
     heavy: bool
     ahead: bool = False
     vector_in: bool = False
+    out: Callable[[Expr, Expr, Expr, Expr], Expr] | None = None
 
 
 def kernel_rows(spec: ConvSpec, row: Expr) -> tuple[Expr, Expr]:

@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -159,6 +160,11 @@ def _transform_input(
     top, left = tile.row - spec.padding[0], tile.column - spec.padding[1]
     down, along = (transforms(conv.m, extent)[2] for extent in tile.outputs)
     numbers = conv.numbers
+    # The tile after the next one reads these columns, the first ones of which the next one has.
+    for i in range(high):
+        for j in range(0, conv.m, LINE // block):
+            column = left + 2 * conv.m + KERNEL - 1 + j
+            prefetch(access.x(tile.n, cb * block, top + i, column), level=1)
     if not tile.fits:
         # Two tiles share a cache line at each place. Ask for those of the next two.
         t = tile.number(0, 0)
@@ -171,37 +177,35 @@ def _transform_input(
         where = (cb * conv.cut.size + tile.number(*place)) * block + lane
         T.buffer_store(inputs, value, [numbers[place], where])
 
-    inside = tirx.all(
-        top >= 0, left >= 0, top + high <= spec.in_size[0], left + wide <= spec.in_size[1]
-    )
-    with T.If(inside):
+    def load(tile_: Any, i: int, j: int) -> None:
+        with T.vectorized(0, block) as lane:
+            value = access.x(tile.n, cb * block + lane, top + i, left + j)
+            T.buffer_store(tile_, value, [(i * wide + j) * block + lane])
+
+    rows = [_within(top + i, spec.in_size[0]) for i in range(high)]
+    columns = [_within(left + j, spec.in_size[1]) for j in range(wide)]
+    with T.If(tirx.all(rows[0], rows[-1], columns[0], columns[-1])):
         with T.Then():
             whole = T.alloc_buffer((high * wide * block,), "float32", scope="local")
-            for i in range(high):
-                for j in range(wide):
-                    with T.vectorized(0, block) as lane:
-                        value = access.x(tile.n, cb * block + lane, top + i, left + j)
-                        T.buffer_store(whole, value, [(i * wide + j) * block + lane])
+            for i, j in product(range(high), range(wide)):
+                load(whole, i, j)
             _two_sided(down, along, whole, block, put)
         with T.Else():
-            # Indexed at run time, this tile stays in memory; the other one lives in registers.
+            # Filled by a loop, this tile stays in memory; the other one lives in registers.
             border = T.alloc_buffer((high * wide * block,), "float32", scope="local")
             with T.serial(0, high * wide) as place, T.vectorized(0, block) as lane:
                 T.buffer_store(border, f32(0.0), [place * block + lane])
-            # Loops from 0: TVM computes other bounds with the wrong task number.
-            first_i, rows = _met(top, high, spec.in_size[0])
-            first_j, columns = _met(left, wide, spec.in_size[1])
-            with loop(rows) as y, loop(columns) as x, T.vectorized(0, block) as lane:
-                i, j = first_i + y, first_j + x
-                value = access.x(tile.n, cb * block + lane, top + i, left + j)
-                T.buffer_store(border, value, [(i * wide + j) * block + lane])
+            for i in range(high):
+                with T.If(rows[i]), T.Then():
+                    for j in range(wide):
+                        with T.If(columns[j]), T.Then():
+                            load(border, i, j)
             _two_sided(down, along, border, block, put)
 
 
-def _met(start: Expr, side: int, size: int) -> tuple[Expr, Expr]:
-    """Which of `side` places from `start` on are inside 0 … size - 1: the first, and how many."""
-    first = tirx.max(0, -start)
-    return first, tirx.max(0, tirx.min(side, size - start) - first)
+def _within(at: Expr, size: int) -> Expr:
+    """Whether a row or column is inside an image."""
+    return tirx.all(at >= 0, at < size)
 
 
 def _two_sided(down: Matrix, along: Matrix, tile: Any, block: int, put: Any) -> None:
@@ -360,6 +364,11 @@ def _transform_output(
     high, wide = tile.outputs
     down, along = (transforms(conv.m, extent)[0] for extent in tile.outputs)
     numbers = conv.numbers
+    assert access.out is not None
+    # What the next tile stores, over one of the epilogue's operands perhaps.
+    for i in range(high):
+        for k in range(0, wide, LINE // block):
+            prefetch(access.out(tile.n, channel, tile.row + i, tile.column + conv.m + k))
 
     def transform(put: Any) -> None:
         every = [(i, k) for i in tile.places[0] for k in tile.places[1]]
