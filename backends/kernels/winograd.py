@@ -127,11 +127,18 @@ def _tiles(conv: WinogradPlan, part: Expr) -> Iterator[_Tile]:
     """A task's tiles: what the caller emits for each one is within loops over the others."""
     m, size = conv.m, conv.cut.size
     if not conv.images:
+        # Whole rows of tiles, without those of other tasks: LLVM makes poor code of any loops but
+        # those of constant length.
+        high, wide = conv.grid
         first = part * size
-        with T.serial(0, tirx.min(size, conv.cut.total - first)) as t:
-            n, row, column = unflatten(first + t, [conv.spec.batch, *conv.grid])
-            places = tuple(range(m + KERNEL - 1))
-            yield _Tile(n, row * m, column * m, (m, m), False, lambda i, j: t, (places, places))
+        count = tirx.min(size, conv.cut.total - first)
+        fits = all(extent % m == 0 for extent in conv.spec.out_size)
+        places = tuple(range(m + KERNEL - 1))
+        with loop(min(conv.cut.total, size + 2 * wide - 2) // wide) as y, loop(wide) as column:
+            t = y * wide + column - first % wide
+            with T.If(tirx.all(t >= 0, t < count)), T.Then():
+                n, row = unflatten(first // wide + y, [conv.spec.batch, high])
+                yield _Tile(n, row * m, column * m, (m, m), fits, lambda i, j: t, (places, places))
         return
     columns = {place: each.columns for each in conv.classes for place in each.places}
     rows = {place: each.rows for each in conv.classes for place in each.places}
@@ -165,12 +172,6 @@ def _transform_input(
         for j in range(0, conv.m, LINE // block):
             column = left + 2 * conv.m + KERNEL - 1 + j
             prefetch(access.x(tile.n, cb * block, top + i, column), level=1)
-    if not tile.fits:
-        # Two tiles share a cache line at each place. Ask for those of the next two.
-        t = tile.number(0, 0)
-        with T.If(t % 2 == 0), T.Then():
-            for place in range(conv.places):
-                prefetch(inputs[place, (cb * conv.cut.size + t + 2) * block], level=1)
 
     def put(i: int, j: int, lane: Expr, value: Expr) -> None:
         place = tile.places[0][i], tile.places[1][j]
