@@ -2,13 +2,18 @@
 
 A task computes some rows of one block of channels. As in `conv_direct`, pixels at the left and
 right padding have code of their own without the products that fall into it; neighbouring pixels of
-a tile share their loads, since the compiler sees the same address twice.
+a tile share their loads, since the compiler sees the same address twice. A tile of two output rows
+shares the input rows that both read, too:
+
+    5×5, stride 1:  input row        0  1  2  3  4  5
+                    kernel row for   0  1  2  3  4  –   the first output row
+                                     –  0  1  2  3  4   the second one
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +29,8 @@ from graphopt.ops.opdef import Expr
 
 _MAX_TAPS = 11
 _TASK_STEPS = 1 << 13
+_SHARED_ROWS = 3
+"""Input rows that two output rows have to share to be computed together."""
 
 
 Fold = Callable[[Expr, Expr, Expr, Expr, int, Expr], Expr]
@@ -41,6 +48,7 @@ class DepthwisePlan:
         rows: output rows of a task.
         by_column: whether a tile's inputs are used one after the other by all taps, with a row of
             weights in registers, and not tap after tap.
+        height: output rows of a tile, 1 or 2.
     """
 
     spec: ConvSpec
@@ -48,6 +56,7 @@ class DepthwisePlan:
     segments: tuple[Segment, ...]
     rows: int
     by_column: bool
+    height: int = 1
 
     @property
     def tasks(self) -> int:
@@ -74,10 +83,26 @@ def plan(spec: ConvSpec, isa: Isa) -> DepthwisePlan | None:
         # Accumulators, one row of weights, and inputs: at a stride few are shared between pixels,
         # and LLVM loads many at once.
         pixels = max(1, min(10, 2 * (left // width - 3) // (spec.stride[1] + 1)))
+    height = _height(spec, isa)
+    if height == 2:
+        # Accumulators of two rows, a row of inputs, and a weight for each row.
+        pixels = max(1, min(8, (isa.registers // width - 2) // 3))
     segments = row_segments(spec, pixels)
     steps = spec.kernel[0] * spec.kernel[1] * spec.out_size[1]
-    rows = max(1, min(spec.out_size[0], _TASK_STEPS // steps))
-    return DepthwisePlan(spec, isa.block, segments, rows, not isa.load_operand)
+    rows = max(height, min(spec.out_size[0], _TASK_STEPS // steps) // height * height)
+    return DepthwisePlan(spec, isa.block, segments, rows, not isa.load_operand, height)
+
+
+def _height(spec: ConvSpec, isa: Isa) -> int:
+    """How many output rows a tile has.
+
+    Two, where a load costs as much as a multiply-add, for kernels whose output rows share at least
+    three input rows: 3×3 ones gained nothing. On NEON a load brings two vectors, and wider tiles
+    of one row share as much.
+    """
+    shift, apart = divmod(spec.stride[0], spec.dilation[0])
+    shares = not apart and spec.kernel[0] - shift >= _SHARED_ROWS
+    return 2 if isa.load_operand and shares and spec.out_size[0] > 1 else 1
 
 
 def pack_weights(weight: npt.NDArray[Any], depthwise: DepthwisePlan) -> npt.NDArray[np.float32]:
@@ -104,55 +129,125 @@ def emit_windows(
     depthwise: DepthwisePlan, task: Expr, start: Expr, fold: Fold, access: Accessors
 ) -> None:
     """Emit one task that folds each window, from `start` on, into one element."""
-    spec, block = depthwise.spec, depthwise.block
-    blocks = -(-spec.groups // block)
+    spec, height = depthwise.spec, depthwise.height
+    blocks = -(-spec.groups // depthwise.block)
     bands = -(-spec.out_size[0] // depthwise.rows)
     n, cb, band = unflatten(task, [spec.batch, blocks, bands])
     first = band * depthwise.rows
     count: Expr = depthwise.rows
     if spec.out_size[0] % depthwise.rows:
         count = tirx.min(count, spec.out_size[0] - first)
-    with T.serial(0, count) as r:
+
+    def tiles(oh: Expr, height: int) -> None:
         for segment in depthwise.segments:
             with T.serial(0, segment.last - segment.first) as i:
                 column = segment.start + i * segment.pixels
-                _tile(depthwise, segment, n, cb, first + r, column, start, fold, access)
+                tile = _Tile(depthwise, segment, height, n, cb, oh, column, start, fold, access)
+                tile.emit()
+
+    with T.serial(0, count // height) as r:
+        tiles(first + r * height, height)
+    if spec.out_size[0] % height:
+        with T.serial(0, count % height):
+            tiles(spec.out_size[0] - 1, 1)
 
 
-def _tile(
-    depthwise: DepthwisePlan, segment: Segment, n: Expr, cb: Expr, oh: Expr, column: Expr,
-    start: Expr, fold: Fold, access: Accessors,
-) -> None:  # fmt: skip
-    spec, block = depthwise.spec, depthwise.block
-    acc = T.alloc_buffer((segment.pixels * block,), "float32", scope="local")
-    for p in range(segment.pixels):
+@dataclass(frozen=True)
+class _Tile:
+    """A tile of `height` output rows from `oh` on; see `emit_windows`."""
+
+    depthwise: DepthwisePlan
+    segment: Segment
+    height: int
+    n: Expr
+    cb: Expr
+    oh: Expr
+    column: Expr
+    start: Expr
+    fold: Fold
+    access: Accessors
+
+    def emit(self) -> None:
+        """Fold the windows, then store the results."""
+        acc = self._alloc()
+        self._each(lambda r, p, slot, lane: T.buffer_store(acc, self.start, [slot]))
+        self._fold_windows(acc)
+        if not self.access.heavy:
+            self._each(lambda r, p, slot, lane: self._store(r, p, lane, acc[slot]))
+            return
+        sums = self._alloc()
+        self._each(lambda r, p, slot, lane: T.buffer_store(sums, acc[slot], [slot]))
+        with T.serial(0, self.height) as r, T.serial(0, self.segment.pixels) as p:
+            self._each_lane(r, p, lambda r, p, slot, lane: self._store(r, p, lane, sums[slot]))
+
+    def _alloc(self) -> Any:
+        size = self.height * self.segment.pixels * self.depthwise.block
+        return T.alloc_buffer((size,), "float32", scope="local")
+
+    def _each(self, body: Callable[[Expr, Expr, Expr, Expr], None]) -> None:
+        for r in range(self.height):
+            for p in range(self.segment.pixels):
+                self._each_lane(r, p, body)
+
+    def _each_lane(self, r: Expr, p: Expr, body: Callable[[Expr, Expr, Expr, Expr], None]) -> None:
+        """Emit `body(row of the tile, pixel, accumulator, lane)` for a vector of channels."""
+        block = self.depthwise.block
         with T.vectorized(0, block) as lane:
-            T.buffer_store(acc, start, [p * block + lane])
-    row = oh * spec.stride[0] - spec.padding[0]
-    low, high = kernel_rows(spec, row)
-    left = column * spec.stride[1] - spec.padding[1]
-    taps = [
-        (p * spec.stride[1] + kw * spec.dilation[1], p, kw)
-        for kw in range(spec.kernel[1])
-        for p in range(segment.pixels)
-        if (p, kw) not in segment.skip
-    ]
-    with T.serial(0, high - low) as step:
-        kh = low + step
-        ih = row + kh * spec.dilation[0]
-        for offset, p, kw in sorted(taps) if depthwise.by_column else taps:
-            with T.vectorized(0, block) as lane:
-                x = access.x(n, cb * block + lane, ih, left + offset)
-                slot = p * block + lane
-                T.buffer_store(acc, fold(acc[slot], x, cb, kh, kw, lane), [slot])
-    if not access.heavy:
-        for p in range(segment.pixels):
-            with T.vectorized(0, block) as lane:
-                access.store(n, cb * block + lane, oh, column + p, acc[p * block + lane])
-        return
-    source = T.alloc_buffer((segment.pixels * block,), "float32", scope="local")
-    for p in range(segment.pixels):
-        with T.vectorized(0, block) as lane:
-            T.buffer_store(source, acc[p * block + lane], [p * block + lane])
-    with T.serial(0, segment.pixels) as p, T.vectorized(0, block) as lane:
-        access.store(n, cb * block + lane, oh, column + p, source[p * block + lane])
+            body(r, p, (r * self.segment.pixels + p) * block + lane, lane)
+
+    def _store(self, r: Expr, p: Expr, lane: Expr, value: Expr) -> None:
+        channel = self.cb * self.depthwise.block + lane
+        self.access.store(self.n, channel, self.oh + r, self.column + p, value)
+
+    def _fold_windows(self, acc: Any) -> None:
+        """Fold the windows, without the rows that fall into the padding."""
+        spec = self.depthwise.spec
+        top = self.oh * spec.stride[0] - spec.padding[0]
+        if self.height == 1:
+            low, high = kernel_rows(spec, top)
+            self._fold_rows(acc, top, low, high - low, (0,), 0)
+            return
+        # Both windows are one, higher by as many input rows as the second starts below the first.
+        (kernel, columns), (rows, width) = spec.kernel, spec.out_size
+        shift = spec.stride[0] // spec.dilation[0]
+        both = replace(spec, kernel=(kernel + shift, columns), out_size=(rows - 1, width))
+        low, high = kernel_rows(both, top)
+        # Loops of their own also keep LLVM from holding all the weights and inputs in registers.
+        for begin, end, outputs in (
+            (0, shift, (0,)),
+            (shift, kernel, (0, 1)),
+            (kernel, kernel + shift, (1,)),
+        ):
+            first = tirx.max(low, begin)
+            count = tirx.max(0, tirx.min(high, end) - first)
+            self._fold_rows(acc, top, first, count, outputs, shift)
+
+    def _fold_rows(
+        self, acc: Any, top: Expr, first: Expr, count: Expr, outputs: Sequence[int], shift: int
+    ) -> None:
+        """Fold `count` input rows, from the first on, into some output rows of the tile.
+
+        Input rows are counted from `top` in dilations; the windows are `shift` of them apart.
+        """
+        depthwise, spec = self.depthwise, self.depthwise.spec
+        left = self.column * spec.stride[1] - spec.padding[1]
+        taps = [
+            (p * spec.stride[1] + kw * spec.dilation[1], p, kw)
+            for kw in range(spec.kernel[1])
+            for p in range(self.segment.pixels)
+            if (p, kw) not in self.segment.skip
+        ]
+        with T.serial(0, count) as i:
+            step = first + i
+            ih = top + step * spec.dilation[0]
+            for offset, p, kw in sorted(taps) if depthwise.by_column else taps:
+
+                def add(r: Expr, p: Expr, slot: Expr, lane: Expr, kw: int = kw,
+                        offset: int = offset) -> None:  # fmt: skip
+                    channel = self.cb * depthwise.block + lane
+                    x = self.access.x(self.n, channel, ih, left + offset)
+                    folded = self.fold(acc[slot], x, self.cb, step - r * shift, kw, lane)
+                    T.buffer_store(acc, folded, [slot])
+
+                for r in outputs:
+                    self._each_lane(r, p, add)

@@ -117,6 +117,37 @@ def test_depthwise_uses_its_generator(kernel: int, threads: int) -> None:
     assert origins(program).count("depthwise") == 2
 
 
+@pytest.mark.parametrize("target", ["host", "x86-64-v2"])
+@pytest.mark.parametrize("height", [1, 2, 9, 14])
+def test_depthwise_two_rows_at_a_time(height: int, target: str) -> None:
+    """Odd and even heights, more padding than rows, none, a dilation that divides the stride, and
+    one that does not."""
+    b = Builder(height)
+    x = b.conv(b.input(b.random(2, 3, height, 13)), 13, (1, 1))
+    cases = [(5, 1, 2, 1), (5, 2, 2, 1), (7, 1, 3, 1), (7, 2, 6, 1), (5, 2, 4, 2), (5, 1, 4, 2)]
+    if height == 14:
+        cases += [(5, 1, 0, 1), (7, 2, 0, 1), (5, 2, 1, 2)]
+    for kernel, stride, padding, dilation in cases:
+        y = b.conv(x, 13, (kernel, 3), stride=[stride, 1], padding=[padding, 1],
+                   dilation=[dilation, 1], groups=13)  # fmt: skip
+        y = b.op((aten.relu if padding else aten.silu).default, y)
+        b.returns(b.conv(y, 3, (1, 1)))
+    program = check(b, target=target, tolerance=5e-6)
+    assert origins(program).count("depthwise") == len(cases)
+
+
+def test_depthwise_two_rows_in_many_tasks() -> None:
+    """More than one task for an image, the last with a single row."""
+    b = Builder(3)
+    x = b.conv(b.input(b.random(1, 3, 31, 40)), 9, (1, 1))
+    for stride in (1, 2):
+        y = b.conv(x, 9, (7, 7), stride=[1, stride], padding=3, groups=9)
+        b.returns(b.conv(b.op(aten.silu.default, y), 3, (1, 1)))
+    program = check(b, threads=2, tolerance=5e-6)
+    steps = [step for step in program.steps if step.kernel.origin.startswith("depthwise")]
+    assert [step.tasks for step in steps] == [16, 8]
+
+
 def test_depthwise_by_column() -> None:
     """NEON loads a tile's inputs one after the other: wide and narrow kernels, images narrower
     than a tile, strides wider than the kernel."""
