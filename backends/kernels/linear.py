@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Any
@@ -23,6 +24,7 @@ from graphopt.backends.kernels.builder import View, unflatten
 from graphopt.backends.kernels.conv_product import Product, key_of, products
 from graphopt.backends.kernels.conv_spec import Accessors, ConvSpec
 from graphopt.backends.kernels.fusion import Group
+from graphopt.backends.target import Target
 from graphopt.ops import OPS
 from graphopt.ops.opdef import Expr, Index
 from graphopt.program.layout import PLAIN
@@ -43,10 +45,22 @@ def lower_linear(request: Request) -> Alternatives | None:
     candidates = [
         Candidate(_origin(each), each.cycles,
                   partial(_product, request, spec, each, matrix.reshape(n_out, n_in, 1, 1)))
-        for each in products(spec, request.target)
+        for each in products(spec, _for_rows(request.target, m))
     ]  # fmt: skip
     layouts = [request.spec(node).layout for node in (_source(request), request.root)]
     return Alternatives(key_of("linear", spec, request, *layouts, merged), tuple(candidates))
+
+
+def _for_rows(target: Target, rows: int) -> Target:
+    """The target with the blocks that fit a product of so many rows.
+
+    Where a single row multiplies by lanes, a block is one vector: the inner loop then takes four
+    inputs, whose weights, each used once, lie within the reach of paired loads (1 KB).
+    """
+    isa = target.isa
+    if rows > 1 or not isa.lane_operand:
+        return target
+    return replace(target, isa=replace(isa, block=isa.lanes()))
 
 
 def _weight_node(request: Request) -> Any:

@@ -16,6 +16,8 @@ there loads and latency bind less than assumed; the tiles chosen reach that peak
 _LOADS = 1.5
 """Loads per cycle that kernels reach in practice: 8×12 tiles, one load for each multiply-add, ran
 at 0.7 of the peak where 16×4 and 16×6 ran at 0.98."""
+_MOST_CHANNELS = 64
+"""Channels of a tile whose blocks are small; never less than eight blocks."""
 _FEW_TILES = 3
 """Tiles worth measuring beside each other."""
 
@@ -71,7 +73,7 @@ def best_tiles(blocks: int, pixels: int, isa: Isa, block: int) -> tuple[Tile, ..
     """
     width = max(1, block * 4 // isa.vector_bytes)
     found: dict[tuple[int, int], tuple[float, int, int, int]] = {}
-    for vectors in range(1, min(blocks, 8) + 1):
+    for vectors in range(1, min(blocks, max(8, _MOST_CHANNELS // block)) + 1):
         for tile_pixels in range(1, min(pixels, 16) + 1):
             if not fits(width * vectors, tile_pixels, isa):
                 continue

@@ -22,6 +22,18 @@ def test_tails(m: int) -> None:
     assert set(origins(program)) == {"gemm"}
 
 
+def test_single_row_by_lanes() -> None:
+    """NEON takes four inputs at a time: depths and widths that are no multiple of four."""
+    b = Builder(1)
+    for k in (1, 4, 31, 100):
+        x = b.input(b.random(1, k))
+        for n in (1, 6, 60, 123):
+            weight = b.constant(b.random(n, k) / k**0.5)
+            b.returns(b.op(aten.linear.default, x, weight, b.constant(b.random(n))))
+    program = check(b, target="arm", tolerance=4e-6)
+    assert set(origins(program)) == {"gemm"}
+
+
 def test_epilogues_are_fused() -> None:
     b = Builder(1)
     x = b.input(b.random(3, 7, 24))
