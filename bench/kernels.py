@@ -7,7 +7,7 @@
 
 A layer runs as inside a network, its input just written and its weights long out of the caches, on
 one core, the choices in turn; the best of many runs counts. GFLOP/s are of the operations that the
-kernel itself does (Winograd's products are fewer than the layer's), beside the peak of the core.
+kernel itself does (Winograd's products and transforms are fewer than the layer's), beside the peak.
 """
 
 from __future__ import annotations
@@ -91,12 +91,12 @@ def algorithm_of(generator: str) -> str:
 
 
 def own_flops(layer: Layer, name: str, flops: int, target: Target) -> int:
-    """Operations of the kernel: Winograd's are those of its products."""
+    """Operations of the kernel: Winograd's are those of its products and transforms."""
     spec = layer.conv_spec
     if name not in WINOGRAD or spec is None:
         return flops
     plans = winograd_plan.plans(spec, target.isa, target.l2_bytes, target.cores)
-    return next(2 * plan.multiply_adds for plan in plans if plan.m == WINOGRAD[name])
+    return next(plan.operations for plan in plans if plan.m == WINOGRAD[name])
 
 
 def prepare(layer: Layer, choice: str | None, target: Target, folder: Path) -> Candidate:

@@ -8,11 +8,6 @@ block of tiles small enough for the second-level cache: it transforms their inpu
 multiplies by each tile of output channels (one small matrix product per transformed place), and
 transforms that back with the epilogue, so that nothing but input and output leaves the cache.
 
-The transforms are built from interpolation points (Toom–Cook; Winograd, "Arithmetic Complexity of
-Computations", 1980), in float64 for the weights. Opposite points share half their work, and 0,
-±3/4, ±3/2 gave about half the error of the usual 0, ±1, ±2 (`tests/backends/test_winograd.py`
-measures both).
-
 Where tasks take whole images, the last tiles of rows and columns have only the outputs that are
 left and only the places those need: F(r) at a subset of F(m)'s points, with the same weights. Each
 place is then multiplied with the tiles that have it.
@@ -22,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from itertools import product
 from typing import Any
 
@@ -35,13 +29,8 @@ from graphopt.backends.kernels.builder import barrier, f32, loop, prefetch, unfl
 from graphopt.backends.kernels.conv_spec import Accessors
 from graphopt.backends.kernels.lanes import multiply, multiply_by_lanes
 from graphopt.backends.kernels.tiling import LINE, split
-from graphopt.backends.kernels.winograd_plan import (
-    KERNEL,
-    Matrix,
-    WinogradPlan,
-    kept,
-    transforms,
-)
+from graphopt.backends.kernels.winograd_plan import WinogradPlan
+from graphopt.backends.kernels.winograd_transforms import KERNEL, kept, transforms, two_sided
 from graphopt.ops.opdef import Expr
 
 
@@ -76,7 +65,9 @@ def emit(conv: WinogradPlan, task: Expr, weights: Any, scratch: Any, access: Acc
     part, group = unflatten(task, [conv.cut.count, conv.groups])
     with loop(conv.in_blocks) as cb:
         for tile in _tiles(conv, part):
-            _transform_input(conv, inputs, tile, cb, access)
+            _ask_for_input(conv, tile, cb, access)
+            with loop(block // conv.lanes) as piece:
+                _transform_input(conv, inputs, tile, cb, piece * conv.lanes, access)
     passes = conv.out_tiles // conv.groups // conv.at_once
     with loop(passes) as k:
         number = group * passes + k
@@ -96,8 +87,11 @@ def emit(conv: WinogradPlan, task: Expr, weights: Any, scratch: Any, access: Acc
         with loop(conv.at_once) as j:
             for tile in _tiles(conv, part):
                 with loop(conv.vectors) as v:
-                    channel = ((first_tile + j) * conv.vectors + v) * block
-                    _transform_output(conv, products, tile, channel, j, v, access)
+                    before = (first_tile + j) * conv.width
+                    _ask_for_output(conv, tile, before + v * block, access)
+                    with loop(block // conv.lanes) as piece:
+                        first = v * block + piece * conv.lanes
+                        _transform_output(conv, products, tile, j, before, first, access)
 
 
 @dataclass(frozen=True)
@@ -158,121 +152,59 @@ def _tiles(conv: WinogradPlan, part: Expr) -> Iterator[_Tile]:
                         number, (kept(m, high), kept(m, wide)))  # fmt: skip
 
 
+def _ask_for_input(conv: WinogradPlan, tile: _Tile, cb: Expr, access: Accessors) -> None:
+    """Columns that the tile after the next one reads, the first ones of which the next one has."""
+    left = tile.column - conv.spec.padding[1] + 2 * conv.m + KERNEL - 1
+    for i in range(tile.outputs[0] + KERNEL - 1):
+        for j in range(0, conv.m, LINE // conv.block):
+            row = tile.row - conv.spec.padding[0] + i
+            prefetch(access.x(tile.n, cb * conv.block, row, left + j), level=1)
+
+
 def _transform_input(
-    conv: WinogradPlan, inputs: Any, tile: _Tile, cb: Expr, access: Accessors
+    conv: WinogradPlan, inputs: Any, tile: _Tile, cb: Expr, first: Expr, access: Accessors
 ) -> None:
-    """Bᵀ d B of one block of channels of one tile, into scratch."""
-    spec, block = conv.spec, conv.block
+    """Bᵀ d B of a vector of a block's channels, from `first` on, of one tile, into scratch."""
+    spec, block, lanes = conv.spec, conv.block, conv.lanes
     high, wide = (extent + KERNEL - 1 for extent in tile.outputs)
     top, left = tile.row - spec.padding[0], tile.column - spec.padding[1]
     down, along = (transforms(conv.m, extent)[2] for extent in tile.outputs)
     numbers = conv.numbers
-    # The tile after the next one reads these columns, the first ones of which the next one has.
-    for i in range(high):
-        for j in range(0, conv.m, LINE // block):
-            column = left + 2 * conv.m + KERNEL - 1 + j
-            prefetch(access.x(tile.n, cb * block, top + i, column), level=1)
 
     def put(i: int, j: int, lane: Expr, value: Expr) -> None:
         place = tile.places[0][i], tile.places[1][j]
-        where = (cb * conv.cut.size + tile.number(*place)) * block + lane
+        where = (cb * conv.cut.size + tile.number(*place)) * block + first + lane
         T.buffer_store(inputs, value, [numbers[place], where])
 
     def load(tile_: Any, i: int, j: int) -> None:
-        with T.vectorized(0, block) as lane:
-            value = access.x(tile.n, cb * block + lane, top + i, left + j)
-            T.buffer_store(tile_, value, [(i * wide + j) * block + lane])
+        with T.vectorized(0, lanes) as lane:
+            value = access.x(tile.n, cb * block + first + lane, top + i, left + j)
+            T.buffer_store(tile_, value, [(i * wide + j) * lanes + lane])
 
     rows = [_within(top + i, spec.in_size[0]) for i in range(high)]
     columns = [_within(left + j, spec.in_size[1]) for j in range(wide)]
     with T.If(tirx.all(rows[0], rows[-1], columns[0], columns[-1])):
         with T.Then():
-            whole = T.alloc_buffer((high * wide * block,), "float32", scope="local")
+            whole = T.alloc_buffer((high * wide * lanes,), "float32", scope="local")
             for i, j in product(range(high), range(wide)):
                 load(whole, i, j)
-            _two_sided(down, along, whole, block, put)
+            two_sided(down, along, whole, lanes, put)
         with T.Else():
             # Filled by a loop, this tile stays in memory; the other one lives in registers.
-            border = T.alloc_buffer((high * wide * block,), "float32", scope="local")
-            with T.serial(0, high * wide) as place, T.vectorized(0, block) as lane:
-                T.buffer_store(border, f32(0.0), [place * block + lane])
+            border = T.alloc_buffer((high * wide * lanes,), "float32", scope="local")
+            with T.serial(0, high * wide) as place, T.vectorized(0, lanes) as lane:
+                T.buffer_store(border, f32(0.0), [place * lanes + lane])
             for i in range(high):
                 with T.If(rows[i]), T.Then():
                     for j in range(wide):
                         with T.If(columns[j]), T.Then():
                             load(border, i, j)
-            _two_sided(down, along, border, block, put)
+            two_sided(down, along, border, lanes, put)
 
 
 def _within(at: Expr, size: int) -> Expr:
     """Whether a row or column is inside an image."""
     return tirx.all(at >= 0, at < size)
-
-
-def _two_sided(down: Matrix, along: Matrix, tile: Any, block: int, put: Any) -> None:
-    """`down · tile · alongᵀ`: down the columns into a second tile, then along its rows."""
-    rows, columns = len(down), len(along[0])
-    half = T.alloc_buffer((rows * columns * block,), "float32", scope="local")
-
-    def put_half(i: int, j: int, lane: Expr, value: Expr) -> None:
-        T.buffer_store(half, value, [(i * columns + j) * block + lane])
-
-    for j in range(columns):
-        _one_sided(down, block, lambda k, lane, j=j: tile[(k * columns + j) * block + lane],
-                   lambda i, lane, value, j=j: put_half(i, j, lane, value))  # fmt: skip
-    for i in range(rows):
-        _one_sided(along, block, lambda k, lane, i=i: half[(i * columns + k) * block + lane],
-                   lambda j, lane, value, i=i: put(i, j, lane, value))  # fmt: skip
-
-
-def _one_sided(matrix: Matrix, block: int, item: Any, put: Any) -> None:
-    """`matrix · vector`; rows of opposite points are the sum and difference of two halves."""
-    done: set[int] = set()
-    for i, row in enumerate(matrix):
-        if i in done:
-            continue
-        twin = next((k for k in range(i + 1, len(matrix)) if _opposite(row, matrix[k])), None)
-        if twin is None:
-            with T.vectorized(0, block) as lane:
-                put(i, lane, _combine(row, lambda k, lane=lane: item(k, lane)))
-            continue
-        done.add(twin)
-        halves = T.alloc_buffer((2 * block,), "float32", scope="local")
-        for half, same in enumerate((True, False)):
-            part = tuple(
-                a if (a == b) is same else Fraction(0) for a, b in zip(row, matrix[twin],
-                                                                       strict=True)
-            )  # fmt: skip
-            with T.vectorized(0, block) as lane:
-                value = _combine(part, lambda k, lane=lane: item(k, lane))
-                T.buffer_store(halves, value, [half * block + lane])
-        with T.vectorized(0, block) as lane:
-            put(i, lane, halves[lane] + halves[block + lane])
-        with T.vectorized(0, block) as lane:
-            put(twin, lane, halves[lane] - halves[block + lane])
-
-
-def _opposite(a: tuple[Fraction, ...], b: tuple[Fraction, ...]) -> bool:
-    """Whether the rows differ only in signs, with something equal and something opposite."""
-    same = [x == y for x, y in zip(a, b, strict=True) if x or y]
-    return all(abs(x) == abs(y) for x, y in zip(a, b, strict=True)) and any(same) and not all(same)
-
-
-def _combine(coefficients: tuple[Fraction, ...], item: Any) -> Expr:
-    """Σ coefficient · item, without the products by 0, 1 and −1."""
-    total: Expr | None = None
-    # Positive ones first, so that a sum never begins with a negation where it can be avoided.
-    order = sorted(range(len(coefficients)), key=lambda k: coefficients[k] < 0)
-    for k in order:
-        c = coefficients[k]
-        if c == 0:
-            continue
-        term = item(k) if abs(c) == 1 else item(k) * f32(float(abs(c)))
-        if total is None:
-            total = term if c > 0 else f32(0.0) - term
-        else:
-            total = total + term if c > 0 else total - term
-    return f32(0.0) if total is None else total
 
 
 def _multiply(
@@ -356,39 +288,47 @@ def _product(
     each_slot(lambda slot, place_: T.buffer_store(products, acc[slot], place_))
 
 
+def _ask_for_output(conv: WinogradPlan, tile: _Tile, channel: Expr, access: Accessors) -> None:
+    """What the next tile stores, over one of the epilogue's operands perhaps."""
+    assert access.out is not None
+    high, wide = tile.outputs
+    for i in range(high):
+        for k in range(0, wide, LINE // conv.block):
+            column = tile.column + conv.m + k
+            prefetch(access.out(tile.n, channel, tile.row + i, column))
+
+
 def _transform_output(
-    conv: WinogradPlan, products: Any, tile: _Tile, channel: Expr, j: Expr, v: Expr,
+    conv: WinogradPlan, products: Any, tile: _Tile, j: Expr, before: Expr, first: Expr,
     access: Accessors,
 ) -> None:  # fmt: skip
-    """Aᵀ (…) A of one block of channels of one tile, the epilogue and the stores."""
-    spec, block = conv.spec, conv.block
+    """Aᵀ (…) A of a vector of channels of one tile, the epilogue and the stores.
+
+    The channels are those of register tile `j` from `first` on; `before` channels are before it.
+    """
+    spec, lanes = conv.spec, conv.lanes
     high, wide = tile.outputs
     down, along = (transforms(conv.m, extent)[0] for extent in tile.outputs)
     numbers = conv.numbers
-    assert access.out is not None
-    # What the next tile stores, over one of the epilogue's operands perhaps.
-    for i in range(high):
-        for k in range(0, wide, LINE // block):
-            prefetch(access.out(tile.n, channel, tile.row + i, tile.column + conv.m + k))
 
     def transform(put: Any) -> None:
         every = [(i, k) for i in tile.places[0] for k in tile.places[1]]
-        whole = T.alloc_buffer((len(every) * block,), "float32", scope="local")
+        whole = T.alloc_buffer((len(every) * lanes,), "float32", scope="local")
         for slot, place in enumerate(every):
-            with T.vectorized(0, block) as lane:
-                where = tile.number(*place) * conv.width + v * block + lane
+            with T.vectorized(0, lanes) as lane:
+                where = tile.number(*place) * conv.width + first + lane
                 value = products[j, numbers[place], where]
-                T.buffer_store(whole, value, [slot * block + lane])
-        _two_sided(down, along, whole, block, put)
+                T.buffer_store(whole, value, [slot * lanes + lane])
+        two_sided(down, along, whole, lanes, put)
 
     def store(i: Expr, k: Expr, lane: Expr, value: Expr) -> None:
-        access.store(tile.n, channel + lane, tile.row + i, tile.column + k, value)
+        access.store(tile.n, before + first + lane, tile.row + i, tile.column + k, value)
 
     def store_some() -> None:
-        out = T.alloc_buffer((high * wide * block,), "float32", scope="local")
+        out = T.alloc_buffer((high * wide * lanes,), "float32", scope="local")
 
         def put(i: int, k: int, lane: Expr, value: Expr) -> None:
-            T.buffer_store(out, value, [(i * wide + k) * block + lane])
+            T.buffer_store(out, value, [(i * wide + k) * lanes + lane])
 
         transform(put)
         rows: Expr = high
@@ -396,8 +336,8 @@ def _transform_output(
         if not tile.fits:
             rows = tirx.min(high, spec.out_size[0] - tile.row)
             columns = tirx.min(wide, spec.out_size[1] - tile.column)
-        with loop(rows) as y, loop(columns) as x, T.vectorized(0, block) as lane:
-            store(y, x, lane, out[(y * wide + x) * block + lane])
+        with loop(rows) as y, loop(columns) as x, T.vectorized(0, lanes) as lane:
+            store(y, x, lane, out[(y * wide + x) * lanes + lane])
 
     if access.heavy:
         store_some()

@@ -1,24 +1,22 @@
-"""Winograd convolution: the transforms, what a plan chooses, and what it is estimated to cost."""
+"""Winograd convolution: what a plan chooses, and what it is estimated to cost."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fractions import Fraction
-from functools import cache
 from itertools import product
-from typing import Any
 
 from graphopt.backends.isa.base import Isa
 from graphopt.backends.kernels.conv_spec import ConvSpec
 from graphopt.backends.kernels.tiling import LINE, Split, fits, split, step_time
+from graphopt.backends.kernels.winograd_transforms import (
+    KERNEL,
+    SIZES,
+    kept,
+    operations,
+    transforms,
+)
 
-KERNEL = 3
-_POINTS = {
-    2: (0, 1, -1),
-    3: (0, Fraction(3, 4), Fraction(-3, 4), 2),
-    4: (0, Fraction(3, 4), Fraction(-3, 4), Fraction(3, 2), Fraction(-3, 2)),
-}
 _FAR_BYTES = 6.0
 _NEAR_BYTES = 20.0
 """Bytes per cycle one core reads from beyond its second-level cache, and from it."""
@@ -35,63 +33,8 @@ _MOST_OF_IMAGES = 64
 _PANEL_BYTES = 4096
 """Weights multiplied with all tiles before the next ones: they share the first-level cache with
 their inputs."""
-
-Matrix = tuple[tuple[Fraction, ...], ...]
-
-
-@cache
-def transforms(m: int, outputs: int | None = None) -> tuple[Matrix, Matrix, Matrix]:
-    """The matrices Aᵀ (r × a), G (a × 3) and Bᵀ (a × a) with r outputs, a = r + 2, exactly.
-
-    Evaluation at the finite points and at infinity, and the interpolation back; the transposition
-    principle turns the product of polynomials into the correlation that a convolution layer is.
-    With fewer outputs than m a tile uses the first r + 1 points of F(m) and infinity (see `kept`),
-    with weights that were transformed for F(m): what their scale differs by is put into Bᵀ.
-    """
-    r = m if outputs is None else outputs
-    size = r + KERNEL - 1
-    whole = [Fraction(p) for p in _POINTS[m]]
-    points = whole[: size - 1]
-
-    def scale(point: Fraction, among: list[Fraction]) -> Fraction:
-        return _multiplied(point - q for q in among if q != point)
-
-    def powers(count: int) -> list[list[Fraction]]:
-        finite = [[p**k for k in range(count)] for p in points]
-        return [*finite, [Fraction(int(k == count - 1)) for k in range(count)]]
-
-    a_t = tuple(zip(*powers(r), strict=True))
-    scales = [*(scale(p, whole) for p in points), Fraction(1)]
-    g = [tuple(v / by for v in row) for row, by in zip(powers(KERNEL), scales, strict=True)]
-    rows: list[tuple[Fraction, ...]] = []
-    for i, p in enumerate(points):
-        others = _polynomial([q for k, q in enumerate(points) if k != i])
-        by = scale(p, whole) / scale(p, points)
-        rows.append((*(by * c for c in others), *[Fraction(0)] * (size - len(others))))
-    rows.append(tuple(_polynomial(points)))
-    return a_t, tuple(g), tuple(rows)
-
-
-def kept(m: int, outputs: int) -> tuple[int, ...]:
-    """Which of the m + 2 places of F(m) a tile with so many outputs has."""
-    return (*range(outputs + 1), m + 1)
-
-
-def _multiplied(values: Any) -> Fraction:
-    result = Fraction(1)
-    for value in values:
-        result *= value
-    return result
-
-
-def _polynomial(roots: list[Fraction]) -> list[Fraction]:
-    """Coefficients, constant first, of the monic polynomial with these roots."""
-    result = [Fraction(1)]
-    for root in roots:
-        shifted = [Fraction(0), *result]
-        scaled = [*(-root * c for c in result), Fraction(0)]
-        result = [a + b for a, b in zip(shifted, scaled, strict=True)]
-    return result
+_LARGE_CUT = 24
+"""Tiles from which on twice as many are better: sums wait in the products less often."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +63,7 @@ class WinogradPlan:
         spec: the convolution.
         m: outputs per tile side.
         block: channels per block.
+        lanes: channels transformed together.
         grid: rows and columns of tiles in one image.
         cut: the tiles of all images, cut into blocks for the tasks.
         images: whole images in a task, whose last tiles are smaller where the image ends earlier;
@@ -135,6 +79,7 @@ class WinogradPlan:
     spec: ConvSpec
     m: int
     block: int
+    lanes: int
     grid: tuple[int, int]
     cut: Split
     images: int
@@ -197,8 +142,26 @@ class WinogradPlan:
     @property
     def multiply_adds(self) -> int:
         """Those of the products, without the transforms."""
-        tiles = sum(len(each.places) * self.tiles_of(each) for each in self.classes)
-        return self.cut.count * tiles * self.spec.icg * self.spec.ocg
+        if self.images:
+            tiles = sum(len(each.places) * self.tiles_of(each) for each in self.classes)
+            tiles *= self.cut.count
+        else:
+            tiles = self.places * self.cut.total
+        return tiles * self.spec.icg * self.spec.ocg
+
+    @property
+    def operations(self) -> int:
+        """Operations in all, those of the transforms too; a multiply-add is two."""
+        images = self.images * self.cut.count
+        counts = [
+            (images * region.rows[1] * region.columns[1], region.outputs) for region in self.regions
+        ]  # fmt: skip
+        total = 2 * self.multiply_adds
+        for tiles, sides in counts if self.images else [(self.cut.total, (self.m, self.m))]:
+            (back_down, _, down), (back_along, _, along) = (transforms(self.m, r) for r in sides)
+            total += tiles * self.spec.icg * self.groups * operations(down, along)
+            total += tiles * self.spec.ocg * operations(back_down, back_along)
+        return total
 
     @property
     def in_blocks(self) -> int:
@@ -225,9 +188,10 @@ class WinogradPlan:
         """Equal parts the input channels are multiplied in: a panel of weights stays in L1."""
         full, rest = divmod(self.spec.icg, self.block)
         block_bytes = self.width * self.block * 4
-        if rest or full * block_bytes <= 2 * _PANEL_BYTES:
+        panel = _PANEL_BYTES * (2 if self.cut.size >= _LARGE_CUT else 1)
+        if rest or full * block_bytes <= 2 * panel:
             return 1
-        most = _PANEL_BYTES // block_bytes
+        most = panel // block_bytes
         return next((n for n in range(1, full + 1) if full % n == 0 and full // n <= most), 1)
 
     @property
@@ -301,7 +265,7 @@ def _candidates(spec: ConvSpec, isa: Isa, l2_bytes: int) -> Iterator[WinogradPla
     vectors, pixels = _register_tile(blocks, isa)
     out_tiles = blocks // vectors
     most = max(1, _CHANNELS_AT_ONCE // (vectors * block))
-    for m in _POINTS:
+    for m in SIZES:
         grid = (-(-spec.out_size[0] // m), -(-spec.out_size[1] // m))
         tiles = spec.batch * grid[0] * grid[1]
         streams = (m + KERNEL - 1) ** 2 * spec.icg * blocks * block * 4 > l2_bytes // 2
@@ -320,8 +284,8 @@ def _candidates(spec: ConvSpec, isa: Isa, l2_bytes: int) -> Iterator[WinogradPla
             at_once = max(k for k in range(1, most + 1) if per_group % k == 0)
             for cut, images in sorted(cuts, key=lambda c: (c[0].size, c[1])):
                 yield WinogradPlan(
-                    spec, m, block, grid, cut, images, vectors, pixels, at_once, groups, streams,
-                    isa.lane_operand,
+                    spec, m, block, min(block, isa.lanes()), grid, cut, images, vectors, pixels,
+                    at_once, groups, streams, isa.lane_operand,
                 )  # fmt: skip
 
 

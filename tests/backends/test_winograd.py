@@ -13,6 +13,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from graphopt.backends.kernels import winograd_plan as winograd
+from graphopt.backends.kernels import winograd_transforms
 from graphopt.backends.kernels.conv_spec import ConvSpec
 from graphopt.backends.target import get_target
 from tests.backends.harness import Builder, aten, check, origins
@@ -24,9 +25,9 @@ def test_transforms_are_exact_over_the_rationals(m: int, outputs: int) -> None:
 
     Smaller tiles use weights that were transformed for the whole one.
     """
-    a_t, g, b_t = winograd.transforms(m, outputs)
-    whole = winograd.transforms(m)[1]
-    assert list(g) == [whole[place] for place in winograd.kept(m, outputs)]
+    a_t, g, b_t = winograd_transforms.transforms(m, outputs)
+    whole = winograd_transforms.transforms(m)[1]
+    assert list(g) == [whole[place] for place in winograd_transforms.kept(m, outputs)]
     for i in range(3):
         for j in range(outputs + 2):
             weight = [row[i] for row in g]
@@ -38,12 +39,21 @@ def test_transforms_are_exact_over_the_rationals(m: int, outputs: int) -> None:
             assert result == [Fraction(int(j == k + i)) for k in range(outputs)]
 
 
+def test_operations_of_the_transforms() -> None:
+    """Lavin and Gray count 32 for F(2×2)'s input and 24 for its output."""
+    back, _, into = winograd_transforms.transforms(2)
+    assert winograd_transforms.operations(into, into) == 32
+    assert winograd_transforms.operations(back, back) == 24
+
+
 def _error(m: int, points: tuple[object, ...], monkeypatch: pytest.MonkeyPatch) -> float:
     """Root mean square error of F(m×m,3×3) in float32 on normal data."""
-    monkeypatch.setitem(winograd._POINTS, m, points)
-    winograd.transforms.cache_clear()
-    a, g, b = (np.array([[float(v) for v in row] for row in t]) for t in winograd.transforms(m))
-    winograd.transforms.cache_clear()
+    monkeypatch.setitem(winograd_transforms._POINTS, m, points)
+    winograd_transforms.transforms.cache_clear()
+    a, g, b = (
+        np.array([[float(v) for v in row] for row in t]) for t in winograd_transforms.transforms(m)
+    )
+    winograd_transforms.transforms.cache_clear()
     rng = np.random.default_rng(0)
     d, k = rng.standard_normal((500, m + 2, m + 2)), rng.standard_normal((500, 3, 3))
     exact = sum(
@@ -62,7 +72,7 @@ def _error(m: int, points: tuple[object, ...], monkeypatch: pytest.MonkeyPatch) 
 def test_the_points_are_better_than_the_usual_ones(
     m: int, usual: tuple[object, ...], share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours = _error(m, winograd._POINTS[m], monkeypatch)
+    ours = _error(m, winograd_transforms._POINTS[m], monkeypatch)
     assert ours < share * _error(m, usual, monkeypatch)
 
 
@@ -81,7 +91,7 @@ def test_any_size(cases: list[tuple[int, ...]]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(winograd, "direct_cost", lambda *_: float("inf"))
         for batch, channels, out, height, width, pad_h, pad_w, m in cases:
-            patch.setattr(winograd, "_POINTS", {m: winograd._POINTS[m]})
+            patch.setattr(winograd, "SIZES", (m,))
             b = Builder(height)
             x = b.conv(b.input(b.random(batch, 3, height, width)), channels, (1, 1))
             y = b.conv(x, out, (3, 3), padding=[pad_h, pad_w])
