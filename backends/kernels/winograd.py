@@ -33,6 +33,9 @@ from graphopt.backends.kernels.winograd_plan import WinogradPlan
 from graphopt.backends.kernels.winograd_transforms import KERNEL, kept, transforms, two_sided
 from graphopt.ops.opdef import Expr
 
+_PANELS_AHEAD = 3
+"""How long before their use weights from beyond the second-level cache are asked for."""
+
 
 def pack_weights(weight: npt.NDArray[Any], conv: WinogradPlan) -> npt.NDArray[np.float32]:
     """Transform `(oc, ic, 3, 3)` weights and pack them in the order in which tasks read them.
@@ -213,7 +216,7 @@ def _multiply(
 ) -> None:  # fmt: skip
     """The products of a number of tiles with a panel of weights: one place, one channel tile.
 
-    Meanwhile the next panel is asked for, each piece of tiles taking its share.
+    Meanwhile a later panel is asked for, each piece of tiles taking its share.
     """
     cut = split(tiles, conv.pixels)
     for pixels, start, before, count in cut.kinds():
@@ -279,7 +282,7 @@ def _product(
     if full:
         with loop(full // parts) as number, loop(block // 4) as outer:
             if conv.streams:
-                ahead = spec.icg // parts + number * block + outer * 4
+                ahead = _PANELS_AHEAD * (spec.icg // parts) + number * block + outer * 4
                 for line in range(0, 4 * width // LINE, pieces):
                     prefetch(weights[origin + ahead * width + (line + piece) * LINE])
             four(number, outer * 4)
