@@ -7,7 +7,7 @@ operators only use logical indices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -140,6 +140,22 @@ def loop(extent: int | Expr, kind: str = "serial") -> Iterator[Expr]:
     make = {"serial": T.serial, "unroll": T.unroll, "vectorized": T.vectorized}[kind]
     with make(0, extent) as variable:
         yield variable
+
+
+def interleaved(bodies: Iterable[Callable[[], None]]) -> None:
+    """Emit independent bodies of straight-line code in turn, a statement of each at a time.
+
+    Long chains of dependent instructions one after the other fill a processor's queues.
+    """
+    emitted = []
+    for body in bodies:
+        with IRBuilder() as builder, T.serial(0, 1):
+            body()
+        code = builder.get().body
+        emitted.append(code.seq if isinstance(code, tirx.SeqStmt) else [code])
+    for turn in zip(*emitted, strict=True):
+        for statement in turn:
+            T.add_to_parent(statement)
 
 
 def each(extent: int, lanes: int, body: Callable[[Expr], None]) -> None:

@@ -26,7 +26,7 @@ from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.kernels.builder import barrier, f32, loop, prefetch, unflatten
 from graphopt.backends.kernels.conv_deep_plan import DeepPlan
-from graphopt.backends.kernels.conv_direct import finish, finish_pixel
+from graphopt.backends.kernels.conv_direct import finish, finish_pixels
 from graphopt.backends.kernels.conv_spec import Accessors
 from graphopt.backends.kernels.lanes import QUAD, multiply, multiply_by_lanes
 from graphopt.backends.kernels.product import span
@@ -127,10 +127,12 @@ class _Task:
                 self._register_tile(part, t, channel_block, panel, vectors,
                                     start + i * pixels, pixels, before + i)  # fmt: skip
         if self._finishes_later:
-            with T.If(part == self.deep.parts - 1), T.Then(), T.serial(0, total) as p:
-                at = (t * self.deep.blocks.size + p) * self.deep.width
-                finish_pixel(self.deep.spec, self.deep.block, self.sums, at, vectors, self.n, 0,
-                             self._place(p), channel_block, self.access)  # fmt: skip
+            with T.If(part == self.deep.parts - 1), T.Then():
+                finish_pixels(
+                    self.deep.spec, self.deep.block, self.sums,
+                    lambda p: (t * self.deep.blocks.size + p) * self.deep.width, total, vectors,
+                    self.n, 0, self._place, channel_block, self.access, self.deep.together,
+                )  # fmt: skip
 
     @property
     def _finishes_later(self) -> bool:
@@ -168,7 +170,8 @@ class _Task:
 
         def end() -> None:
             finish(deep.spec, block, acc, pixels, vectors, self.n, 0,
-                   lambda p: self._place(first + p), channel_block, self.access)  # fmt: skip
+                   lambda p: self._place(first + p), channel_block, self.access,
+                   deep.together)  # fmt: skip
 
         def keep() -> None:
             each_slot(lambda slot, place: T.buffer_store(self.sums, acc[slot], [place]))

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 
 from graphopt.backends.isa.base import Isa
 from graphopt.backends.kernels.conv_spec import ConvSpec
-from graphopt.backends.kernels.tiling import Split, Tile, best_tiles, split, step_time
+from graphopt.backends.kernels.tiling import (
+    Split,
+    Tile,
+    best_tiles,
+    split,
+    step_time,
+    together,
+)
 
 _PANEL_BYTES = 12288
 """Weights multiplied with all pixels before the next ones; half of a small first-level cache."""
@@ -37,6 +44,7 @@ class DeepPlan:
         pixels: pixels of a register tile, at most.
         parts: equal parts of the input channels.
         by_lane: whether a multiply-add takes one lane of a vector as its scalar.
+        together: blocks of channels whose long epilogue is computed in turn.
     """
 
     spec: ConvSpec
@@ -47,6 +55,7 @@ class DeepPlan:
     pixels: int
     parts: int
     by_lane: bool
+    together: int
 
     @property
     def width(self) -> int:
@@ -149,7 +158,8 @@ def _with_tile(spec: ConvSpec, blocks: Split, tile: Tile, isa: Isa) -> DeepPlan:
     group = min(group, max(1, channels.count // shares))
     if _gathers(spec):
         group = min(max(group, _GATHERED_FOR // width), -(-channels.count // _FEWEST_GATHERS))
-    return DeepPlan(spec, block, channels, group, blocks, tile.pixels, parts, isa.lane_operand)
+    return DeepPlan(spec, block, channels, group, blocks, tile.pixels, parts, isa.lane_operand,
+                    together(isa))  # fmt: skip
 
 
 def _shared(blocks: Split, tiles: int) -> Split:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ import numpy.typing as npt
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from graphopt.backends.kernels.builder import barrier, f32, loop, prefetch, unflatten
+from graphopt.backends.kernels.builder import barrier, f32, interleaved, loop, prefetch, unflatten
 from graphopt.backends.kernels.conv_direct_plan import (
     ConvPlan,
     Segment,
@@ -121,7 +122,8 @@ class _Row:
 
         def end(acc: Any, pixels: int, column: Expr) -> None:
             finish(self.conv.spec, self.conv.block, acc, pixels, self.vectors, self.n, self.g,
-                   lambda p: (self.oh, column + p), self.tile_block, self.access)  # fmt: skip
+                   lambda p: (self.oh, column + p), self.tile_block, self.access,
+                   self.conv.together)  # fmt: skip
 
         with T.serial(0, count) as i:
             self._segments(self.conv.segments, first + i, end)
@@ -150,9 +152,15 @@ class _Row:
 
             with T.serial(0, end - start) as i:
                 self._segments(self.conv.segments, start + i, keep)
-            with T.serial(0, self.conv.column_of(end) - left) as p:
-                finish_pixel(self.conv.spec, block, sums, p * width, self.vectors, self.n, self.g,
-                       (self.oh, left + p), self.tile_block, self.access)  # fmt: skip
+
+            def place(p: Expr, left: Expr = left) -> tuple[Expr, Expr]:
+                return self.oh, left + p
+
+            # Shared: not computed again for each of the loops over the pixels.
+            pixels = share(self.conv.column_of(end) - left)
+            finish_pixels(self.conv.spec, block, sums, lambda p: p * width, pixels, self.vectors,
+                          self.n, self.g, place, self.tile_block, self.access,
+                          self.conv.together)  # fmt: skip
 
     def _segments(
         self, segments: Sequence[Segment], tile: Expr, end: Callable[[Any, int, Expr], None]
@@ -300,28 +308,62 @@ def _multiply_rows(
 
 def finish(
     spec: ConvSpec, block: int, acc: Any, pixels: int, vectors: int, n: Expr, g: Expr,
-    place: Callable[[Expr], tuple[Expr, Expr]], tile_block: Expr, access: Accessors,
+    place: Callable[[Expr], tuple[Expr, Expr]], tile_block: Expr, access: Accessors, together: int,
 ) -> None:  # fmt: skip
-    """Epilogue and stores of one register tile; `place` gives the row and column of a pixel."""
+    """Epilogue and stores of one register tile; `place` gives the row and column of a pixel.
 
-    def pixel(sums: Any, p: Expr) -> None:
-        at = p * vectors * block
-        finish_pixel(spec, block, sums, at, vectors, n, g, place(p), tile_block, access)
-
+    `together` is how many blocks of channels a long epilogue computes in turn.
+    """
+    width = vectors * block
     if not access.heavy:
         for p in range(pixels):
-            pixel(acc, p)
+            _finish_pixel(spec, block, acc, p * width, vectors, n, g, place(p), tile_block, access)
         return
     # Copied so that the loop may index it at run time: `acc` has to stay in registers.
-    sums = T.alloc_buffer((pixels * vectors * block,), "float32", scope="local")
+    sums = T.alloc_buffer((pixels * width,), "float32", scope="local")
     for slot in range(pixels * vectors):
         with T.vectorized(0, block) as lane:
             T.buffer_store(sums, acc[slot * block + lane], [slot * block + lane])
-    with T.serial(0, pixels) as p:
-        pixel(sums, p)
+    finish_pixels(spec, block, sums, lambda p: p * width, pixels, vectors, n, g, place, tile_block,
+                  access, together)  # fmt: skip
 
 
-def finish_pixel(
+def finish_pixels(
+    spec: ConvSpec, block: int, sums: Any, at: Callable[[Expr], Expr], count: Expr, vectors: int,
+    n: Expr, g: Expr, place: Callable[[Expr], tuple[Expr, Expr]], tile_block: Expr,
+    access: Accessors, together: int,
+) -> None:  # fmt: skip
+    """A long epilogue and the stores of `count` pixels.
+
+    The sums of pixel `p` are in a buffer from `at(p)` on; `place` gives its row and column. At most
+    `together` blocks of channels are computed in turn, one statement of each at a time.
+    """
+    if not access.vector or (spec.ocg % block and not access.padded):
+        with T.serial(0, count) as p:
+            _finish_pixel(spec, block, sums, at(p), vectors, n, g, place(p), tile_block, access)
+        return
+
+    def some(first: Expr, pixels: int) -> None:
+        def one(p: int, v: int, lane: Expr) -> None:
+            channel = g * spec.ocg + (tile_block + v) * block + lane
+            value = sums[at(first + p) + v * block + lane]
+            access.store(n, channel, *place(first + p), value)
+
+        places = [(p, v) for p in range(pixels) for v in range(vectors)]
+        for start in range(0, len(places), together):
+            with T.vectorized(0, block) as lane:
+                turn = places[start : start + together]
+                interleaved(partial(one, p, v, lane) for p, v in turn)
+
+    pixels = max(1, together // vectors)
+    with T.serial(0, count // pixels) as i:
+        some(i * pixels, pixels)
+    if pixels > 1:
+        with T.serial(0, count % pixels) as i:
+            some(count // pixels * pixels + i, 1)
+
+
+def _finish_pixel(
     spec: ConvSpec, block: int, sums: Any, at: Expr, vectors: int, n: Expr, g: Expr,
     place: tuple[Expr, Expr], tile_block: Expr, access: Accessors,
 ) -> None:  # fmt: skip

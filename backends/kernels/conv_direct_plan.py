@@ -9,7 +9,15 @@ from tvm import tirx
 from graphopt.backends.isa.base import Isa
 from graphopt.backends.kernels.conv_spec import ConvSpec
 from graphopt.backends.kernels.lanes import QUAD
-from graphopt.backends.kernels.tiling import Split, Tile, best_tiles, choose_tile, split, step_time
+from graphopt.backends.kernels.tiling import (
+    Split,
+    Tile,
+    best_tiles,
+    choose_tile,
+    split,
+    step_time,
+    together,
+)
 from graphopt.ops.opdef import Expr
 
 MAX_UNROLLED_KERNEL = 11
@@ -55,6 +63,7 @@ class ConvPlan:
         tiles_per_task: tiles of a row that make a task.
         channels_outer: whether tiles of channels change after rows.
         by_lane: whether multiply-adds take one lane of a vector.
+        together: blocks of channels whose long epilogue is computed in turn.
         by_row: whether the kernel's columns are innermost, as neighbouring columns of the input are
             loaded at once.
     """
@@ -67,6 +76,7 @@ class ConvPlan:
     tiles_per_task: int
     channels_outer: bool
     by_lane: bool
+    together: int
     by_row: bool = False
 
     @property
@@ -160,7 +170,7 @@ def plan(
         tiles_per_task = min(tiles, max(tiles_per_task, 4))
     by_row = plain and isa.lane_operand and unrolled_columns(spec) > 0
     return ConvPlan(spec, block, channels, segments, tiles, tiles_per_task, channels_outer,
-                    isa.lane_operand, by_row)  # fmt: skip
+                    isa.lane_operand, together(isa), by_row)  # fmt: skip
 
 
 def unrolled_columns(spec: ConvSpec) -> int:

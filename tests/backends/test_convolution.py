@@ -326,3 +326,19 @@ def test_chains_of_transcendental_functions_compile_at_once() -> None:
         x = b.op(getattr(aten, name).default, x)
     b.returns(x)
     check(b)
+
+
+@pytest.mark.parametrize("target", ["host", "arm"])
+@pytest.mark.parametrize(("channels", "groups"), [(24, 1), (13, 1), (26, 2)])
+@pytest.mark.parametrize("size", [(1, 1), (3, 5)])
+def test_long_epilogues_of_any_number_of_pixels(
+    size: tuple[int, int], channels: int, groups: int, target: str
+) -> None:
+    """Computed in turn for several vectors: what is left over, ragged channels, a sum in place."""
+    b = Builder(10)
+    x = b.conv(b.input(b.random(2, 4, *size)), channels, (1, 1))
+    y = b.conv(x, channels, (1, 1), groups=groups)
+    scale = b.op(aten.sigmoid.default, b.op(aten.mean.dim, x, [2, 3], True))
+    z = b.op(aten.add.Tensor, b.op(aten.silu.default, b.op(aten.mul.Tensor, y, scale)), x)
+    b.returns(b.conv(z, 4, (1, 1)))
+    check(b, target=get_target(target))
