@@ -90,11 +90,11 @@ def emit(conv: WinogradPlan, task: Expr, weights: Any, scratch: Any, access: Acc
         with loop(conv.at_once) as j:
             for tile in _tiles(conv, part):
                 with loop(conv.vectors) as v:
-                    before = (first_tile + j) * conv.width
-                    _ask_for_output(conv, tile, before + v * block, access)
+                    start = (first_tile + j) * conv.width
+                    _ask_for_output(conv, tile, start + v * block, access)
                     with loop(block // conv.lanes) as piece:
                         first = v * block + piece * conv.lanes
-                        _transform_output(conv, products, tile, j, before, first, access)
+                        _transform_output(conv, products, tile, j, start, first, access)
 
 
 @dataclass(frozen=True)
@@ -302,12 +302,12 @@ def _ask_for_output(conv: WinogradPlan, tile: _Tile, channel: Expr, access: Acce
 
 
 def _transform_output(
-    conv: WinogradPlan, products: Any, tile: _Tile, j: Expr, before: Expr, first: Expr,
+    conv: WinogradPlan, products: Any, tile: _Tile, j: Expr, start: Expr, first: Expr,
     access: Accessors,
 ) -> None:  # fmt: skip
     """Aᵀ (…) A of a vector of channels of one tile, the epilogue and the stores.
 
-    The channels are those of register tile `j` from `first` on; `before` channels are before it.
+    The channels are those of register tile `j`, which begins at channel `start`, from `first` on.
     """
     spec, lanes = conv.spec, conv.lanes
     high, wide = tile.outputs
@@ -325,7 +325,7 @@ def _transform_output(
         two_sided(down, along, whole, lanes, put)
 
     def store(i: Expr, k: Expr, lane: Expr, value: Expr) -> None:
-        access.store(tile.n, before + first + lane, tile.row + i, tile.column + k, value)
+        access.store(tile.n, start + first + lane, tile.row + i, tile.column + k, value)
 
     def store_some() -> None:
         out = T.alloc_buffer((high * wide * lanes,), "float32", scope="local")

@@ -142,23 +142,18 @@ class WinogradPlan:
     @property
     def multiply_adds(self) -> int:
         """Those of the products, without the transforms."""
-        if self.images:
-            tiles = sum(len(each.places) * self.tiles_of(each) for each in self.classes)
-            tiles *= self.cut.count
-        else:
-            tiles = self.places * self.cut.total
-        return tiles * self.spec.icg * self.spec.ocg
+        tiles = sum(len(each.places) * each.rows * each.columns for each in self.classes)
+        return self.spec.batch * tiles * self.spec.icg * self.spec.ocg
 
     @property
     def operations(self) -> int:
         """Operations in all, those of the transforms too; a multiply-add is two."""
-        images = self.images * self.cut.count
-        counts = [
-            (images * region.rows[1] * region.columns[1], region.outputs) for region in self.regions
-        ]  # fmt: skip
         total = 2 * self.multiply_adds
-        for tiles, sides in counts if self.images else [(self.cut.total, (self.m, self.m))]:
-            (back_down, _, down), (back_along, _, along) = (transforms(self.m, r) for r in sides)
+        for region in self.regions:
+            tiles = self.spec.batch * region.rows[1] * region.columns[1]
+            (back_down, _, down), (back_along, _, along) = (
+                transforms(self.m, extent) for extent in region.outputs
+            )
             total += tiles * self.spec.icg * self.groups * operations(down, along)
             total += tiles * self.spec.ocg * operations(back_down, back_along)
         return total
