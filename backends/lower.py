@@ -24,12 +24,12 @@ from graphopt.errors import UnsupportedError
 from graphopt.ops import OPS
 from graphopt.ops.opdef import Kind
 from graphopt.ops.scalar import TIR_NAMES
-from graphopt.program.concatenation import plan_concatenations
 from graphopt.program.ir import ALIGNMENT, Buffer, Kernel, Program, Role, Step
 from graphopt.program.layout import PLAIN, physical_size
 from graphopt.program.layouts import assign_layouts
 from graphopt.program.memory import Lifetime, largest_live, lifetimes_of, plan_offsets, round_up
 from graphopt.program.partition import NodeGroup, partition, tensor_operands
+from graphopt.program.pieces import plan_pieces
 from graphopt.program.tables import is_table
 
 TUNED = " (tuned)"
@@ -60,7 +60,7 @@ class Lowering:
         self.name = name
         self.winograd = winograd
         self.layouts = assign_layouts(gm, target.isa.block)
-        self.in_place_cat = plan_concatenations(gm, self.layouts)
+        self.pieces = plan_pieces(gm, self.layouts)
         self.buffers: dict[str, Buffer] = {}
         self.home: dict[fx.Node, str] = {}
         self.steps: list[Step] = []
@@ -104,8 +104,8 @@ class Lowering:
         if node in self.home:
             return self.home[node]
         self.home[node] = name = self.add_buffer(node.name, self.spec(node), "arena")
-        if node in self.in_place_cat.pieces:
-            holder, offset = self.in_place_cat.pieces[node]
+        if node in self.pieces.within:
+            holder, offset = self.pieces.within[node]
             within = self.add_arena(holder)
             self.buffers[name] = replace(self.buffers[name], within=within, offset=offset)
         return name
@@ -284,9 +284,9 @@ def lower(
     for node, label in zip(outputs, gm.meta["output_names"], strict=True):
         spec = BufferSpec(G.shape(node), TIR_NAMES[G.value(node).dtype])
         output_names[node] = state.add_buffer(label, spec, "output")
-    groups = partition(gm, state.layouts, state.in_place_cat.joined)
+    groups = partition(gm, state.layouts, state.pieces.unmoved)
     for group in groups:
-        if group.root in state.in_place_cat.joined:
+        if group.root in state.pieces.unmoved:
             state.add_arena(group.root)
             continue
         if group.alias:

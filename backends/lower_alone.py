@@ -57,7 +57,7 @@ def tunable_kernels(gm: fx.GraphModule, target: Target) -> list[TunableKernel]:
     gm = with_own_outputs(gm)
     state = Lowering(gm, target, "kernel", True, by_cost)
     found: dict[str, TunableKernel] = {}
-    for group in partition(gm, state.layouts, state.in_place_cat.joined):
+    for group in partition(gm, state.layouts, state.pieces.unmoved):
         made = None if group.alias else offer(state.request(group))
         if isinstance(made, Alternatives) and len(made.candidates) > 1:
             known = found.get(made.key, TunableKernel(gm, group, made, 0))

@@ -25,11 +25,11 @@ _MOVES = ("permute", "expand", "slice", "select", "reshape", "clone")
 """A guard reads its operand only where there is one. What is fused behind it must be one
 expression: functions and gathers bind values first, and those reads would happen everywhere."""
 
-_READERS = ("attention",)
+READERS = ("attention",)
 """Anchors that read their operands through permutes and slices instead of waiting for a copy, and
 store their result through permutes."""
 
-_HEADS = (Kind.ANCHOR, Kind.REDUCTION)
+HEADS = (Kind.ANCHOR, Kind.REDUCTION)
 
 
 @dataclass
@@ -40,8 +40,8 @@ class NodeGroup:
         root: the node whose value is stored.
         nodes: all nodes, in graph order.
         anchor: the node with a generator of its own or the reduction; None for a map.
-        alias: the root is a view that shares its operand's memory, or a concatenation whose parts
-            are where they belong.
+        alias: the root needs no kernel: a view that shares its operand's memory, a concatenation
+            whose parts are where they belong, or a slice that is read where it lies.
     """
 
     root: fx.Node
@@ -57,14 +57,14 @@ def tensor_operands(node: fx.Node) -> list[fx.Node]:
 
 
 def partition(
-    gm: fx.GraphModule, layouts: Mapping[fx.Node, str], joined: Collection[fx.Node] = ()
+    gm: fx.GraphModule, layouts: Mapping[fx.Node, str], unmoved: Collection[fx.Node] = ()
 ) -> list[NodeGroup]:
     """Cut the graph into groups, in an order in which they can run.
 
     A node joins the group of an operand where nothing else reads that operand. Elementwise nodes
     join anchors, reductions and maps; injective nodes join maps; maps join the elementwise,
-    injective or axis-folding node that alone reads them, if nothing is computed twice. The
-    concatenations in `joined` need no kernel.
+    injective or axis-folding node that alone reads them, if nothing is computed twice. What is in
+    `unmoved` (see `pieces.py`) needs no kernel.
     """
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     returned = set(G.outputs(gm))
@@ -85,11 +85,11 @@ def partition(
         if node.op != "call_function":
             continue
         kind = effective_kind(node, layouts)
-        alias = kind is Kind.VIEW or node in joined
-        group = NodeGroup(node, [node], node if kind in _HEADS else None, alias)
+        alias = kind is Kind.VIEW or node in unmoved
+        group = NodeGroup(node, [node], node if kind in HEADS else None, alias)
         group_of[node] = group
         groups[id(group)] = group
-        if alias or (kind is Kind.ANCHOR and OPS[node.target].name not in _READERS):
+        if alias or (kind is Kind.ANCHOR and OPS[node.target].name not in READERS):
             continue
         operands = list(dict.fromkeys(tensor_operands(node)))
         for operand in sorted(operands, key=lambda n: _rank(group_of.get(n)), reverse=True):
@@ -134,7 +134,7 @@ def _may_join(
         return False
     if other.anchor is not None:
         if OPS[node.target].name == "permute":
-            return OPS[other.anchor.target].name in _READERS and _keeps_last_axis(node)
+            return OPS[other.anchor.target].name in READERS and _keeps_last_axis(node)
         # As epilogue: the node works on exactly what the anchor computes, in its iteration order.
         return (
             kind is Kind.ELEMENTWISE

@@ -300,3 +300,60 @@ def test_concatenates_in_place(target: str) -> None:
         assert holder.offset <= piece.offset
         assert piece.offset + piece.nbytes <= holder.offset + holder.nbytes
     assert len(pieces) == 8
+
+
+def slicing() -> Builder:
+    """Slices of plain and blocked tensors that are read in place, and some that cannot be."""
+    b = Builder(6)
+    x = b.op(aten.relu.default, b.conv(b.input(b.random(1, 3, 8, 8)), 32, (3, 3), padding=1))
+    # In place, both halves, one of them twice; the whole is read later.
+    first, last = (b.op(aten.slice.Tensor, x, 1, *ends) for ends in ((0, 16), (-16, 99)))
+    quarter = b.op(aten.slice.Tensor, first, 1, 8, 16)
+    y = b.conv(b.op(aten.relu.default, b.conv(first, 16, (3, 3), padding=1)), 8, (1, 1))
+    z = b.op(aten.max_pool2d.default, last, [2, 2], [2, 2], [0, 0], [1, 1], False)
+    joined = b.op(aten.cat.default, [y, b.conv(quarter, 8, (1, 1))], 1)
+    # Of a concatenation in place; plain, after a shuffle.
+    half = b.op(aten.slice.Tensor, joined, 1, 8, 16)
+    shuffled = b.op(aten.permute.default, b.op(aten.reshape.default, x, [1, 2, 16, 8, 8]),
+                    [0, 2, 1, 3, 4])  # fmt: skip
+    plain = b.op(aten.reshape.default, shuffled, [1, 32, 8, 8])
+    upper = b.op(aten.slice.Tensor, plain, 1, 16, 32)
+    lower_half = b.op(aten.slice.Tensor, plain, 1, 0, 16)
+    # Not in place: amid a block, along a row, with a step, a small part of the whole.
+    amid = b.op(aten.slice.Tensor, x, 1, 4, 28)
+    rows = b.op(aten.slice.Tensor, plain, 2, 2, 8)
+    step = b.op(aten.slice.Tensor, x, 1, 0, 32, 2)
+    small = b.op(aten.slice.Tensor, joined, 1, 0, 4)
+    b.returns(
+        *(b.conv(node, 4, (1, 1)) for node in (z, half, upper, amid, rows, step, small)),
+        b.op(aten.add.Tensor, lower_half, 1.0), b.op(aten.sub.Tensor, x, 1.0),
+    )  # fmt: skip
+    return b
+
+
+@pytest.mark.parametrize("target", ["host", "arm"])
+def test_slices_are_read_in_place(target: str) -> None:
+    program = check(slicing(), tolerance=1e-5, threads=2, target=target)
+    copies = [step for step in program.steps if "slice" in step.ops and "add" not in step.ops]
+    assert len(copies) == 4
+    assert overlaps(program) == []
+    pieces = [b for b in program.buffers.values() if b.within]
+    assert len(pieces) == 7
+    for piece in pieces:
+        holder = program.buffers[piece.within or ""]
+        assert holder.offset <= piece.offset
+        assert piece.offset % 64 == 0
+        assert piece.offset + piece.nbytes <= holder.offset + holder.nbytes
+
+
+def test_a_slice_of_an_input_or_an_output_is_copied() -> None:
+    """They are the caller's memory, of which a kernel may not read more than there is."""
+    b = Builder(7)
+    x = b.input(b.random(1, 12, 4, 4))
+    y = b.op(aten.linear.default, b.input(b.random(1, 16)), b.constant(b.random(32, 16)))
+    part = b.op(aten.slice.Tensor, y, 1, 0, 16)
+    b.returns(
+        b.conv(b.op(aten.slice.Tensor, x, 1, 0, 8), 4, (1, 1)), y,
+        b.op(aten.linear.default, part, b.constant(b.random(4, 16))),
+    )  # fmt: skip
+    assert not [buffer for buffer in check(b).buffers.values() if buffer.within]
