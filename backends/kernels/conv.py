@@ -28,6 +28,9 @@ from graphopt.backends.kernels.fusion import Group
 from graphopt.ops.opdef import Call, Expr, Index
 from graphopt.program.layout import PLAIN, block_of
 
+_ROW_CHANNELS = 3
+"""Output channels from which turning them into rows of pixels is faster than storing one by one."""
+
 
 def spec_of(call: Call) -> ConvSpec | None:
     """The convolution as rows and columns; None for 3-D and transposed ones."""
@@ -149,7 +152,7 @@ def lower_products(request: Request) -> Alternatives | None:
     target = request.target
     candidates = [
         Candidate(each.origin, each.cycles, partial(_product, request, view, each, weight))
-        for each in products(view.spec, target, may_gather=layouts[0] != PLAIN)
+        for each in products(view.spec, target, plain=layouts[0] == PLAIN)
     ]
     patches = _patches(spec) if layouts[0] == PLAIN else None
     if patches is not None:
@@ -200,6 +203,7 @@ def _product(
             heavy=request.heavy_epilogue,
             ahead=ahead,
             vector_in=request.spec(source).layout != PLAIN,
+            row=request.target.isa.lanes() if block is None and spec.ocg >= _ROW_CHANNELS else 0,
         )
         product.emit(task, constants[0], scratch, access)
 

@@ -11,6 +11,7 @@ Multiplication", 2008, with the roles of the operands that few pixels and many w
 What is no matrix product as it is, because the kernel has several taps, strides or pads, becomes
 one part by part: the task first gathers what each of its pixels reads into scratch (im2col;
 Chellapilla et al., "High Performance Convolutional Neural Networks for Document Processing", 2006).
+So it does with a plain input, of which few pixels would take a cache line of every channel.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from graphopt.backends.kernels.conv_deep_plan import DeepPlan
 from graphopt.backends.kernels.conv_direct import finish, finish_pixels
 from graphopt.backends.kernels.conv_spec import Accessors
 from graphopt.backends.kernels.lanes import QUAD, multiply, multiply_by_lanes
-from graphopt.backends.kernels.product import span
+from graphopt.backends.kernels.product import span, transpose
 from graphopt.backends.kernels.tiling import LINE, split
 from graphopt.ops.math import share
 from graphopt.ops.opdef import Expr
@@ -83,7 +84,9 @@ class _Task:
     def emit(self) -> None:
         deep = self.deep
         with loop(deep.parts) as part:
-            if deep.gathers:
+            if deep.row:
+                self._turn(part)
+            elif deep.gathers:
                 self._gather(part)
             tiles: Expr = deep.group
             if deep.channels.count % deep.group:
@@ -137,7 +140,7 @@ class _Task:
     @property
     def _finishes_later(self) -> bool:
         """Whether the epilogue is a loop of its own; see `emit_bands` in `conv_direct`."""
-        return self.access.heavy and self.deep.parts > 1
+        return (self.access.heavy or self.access.row > 0) and self.deep.parts > 1
 
     def _register_tile(
         self, part: Expr, t: Expr, channel_block: Expr, panel: Expr, vectors: int, first: Expr,
@@ -264,3 +267,28 @@ class _Task:
                         put(read)
                     with T.Else():
                         put(lambda cb, lane: f32(0.0))
+
+    def _turn(self, part: Expr) -> None:
+        """Copy the part's channels of a plain input, in blocks."""
+        deep, lanes = self.deep, self.deep.row
+
+        def x(number: Expr, half: Expr, c: Expr, pixel: Expr) -> Expr:
+            channel = (part * deep.part_blocks + number) * deep.block + half * lanes + c
+            return self.access.x(self.n, channel, *self._place(pixel))
+
+        with T.serial(0, deep.part_blocks) as number, loop(deep.block // lanes) as half:
+            with T.serial(0, self.count // lanes) as i:
+                square = T.alloc_buffer((lanes * lanes,), "float32", scope="local")
+                for c in range(lanes):
+                    with T.vectorized(0, lanes) as lane:
+                        value = x(number, half, c, i * lanes + lane)
+                        T.buffer_store(square, value, [c * lanes + lane])
+                transpose(square, lanes)
+                for p in range(lanes):
+                    with T.vectorized(0, lanes) as lane:
+                        place = [number, i * lanes + p, half * lanes + lane]
+                        T.buffer_store(self.gathered, square[p * lanes + lane], place)
+            with T.serial(0, self.count % lanes) as i, T.vectorized(0, lanes) as lane:
+                p = self.count - self.count % lanes + i
+                place = [number, p, half * lanes + lane]
+                T.buffer_store(self.gathered, x(number, half, lane, p), place)

@@ -45,6 +45,8 @@ class DeepPlan:
         parts: equal parts of the input channels.
         by_lane: whether a multiply-add takes one lane of a vector as its scalar.
         together: blocks of channels whose long epilogue is computed in turn.
+        row: floats of a vector, where neighbouring pixels of the input are neighbours in memory,
+            which is turned into blocks of channels first; else 0.
     """
 
     spec: ConvSpec
@@ -56,6 +58,7 @@ class DeepPlan:
     parts: int
     by_lane: bool
     together: int
+    row: int = 0
 
     @property
     def width(self) -> int:
@@ -85,7 +88,7 @@ class DeepPlan:
     @property
     def gathers(self) -> bool:
         """Whether the pixels' inputs are gathered in scratch first."""
-        return _gathers(self.spec)
+        return self.row > 0 or _gathers(self.spec)
 
     @property
     def sums(self) -> int:
@@ -113,16 +116,19 @@ def _gathers(spec: ConvSpec) -> bool:
     return not (one_row and spec.kernel == (1, 1) and spec.padding == (0, 0))
 
 
-def plans(spec: ConvSpec, isa: Isa, l2_bytes: int) -> tuple[DeepPlan, ...]:
+def plans(spec: ConvSpec, isa: Isa, l2_bytes: int, *, plain: bool = False) -> tuple[DeepPlan, ...]:
     """The plans with the best register tiles, the best first.
 
-    There are none where the weights are few or the shape is not this kernel's.
+    There are none where the weights are few or the shape is not this kernel's. `plain` says that
+    neighbouring columns of the input are neighbours in memory, and not channels.
     """
     block = isa.block
     out_blocks = -(-spec.ocg // block)
     taps = spec.kernel[0] * spec.kernel[1]
     total = spec.out_size[0] * spec.out_size[1]
     if spec.groups > 1 or spec.icg % block or total < _FEWEST_PIXELS:
+        return ()
+    if plain and _gathers(spec):
         return ()
     # Where a block holds all pixels, direct convolution reads the weights only once, too, but waits
     # for them: those that would fit the second level have left it since the model's last run.
@@ -132,7 +138,8 @@ def plans(spec: ConvSpec, isa: Isa, l2_bytes: int) -> tuple[DeepPlan, ...]:
         return ()
     blocks = split(total, min(total, _MOST_PIXELS))
     tiles = best_tiles(out_blocks, blocks.size, isa, block)
-    return tuple(_with_tile(spec, blocks, tile, isa) for tile in tiles)
+    row = isa.lanes() if plain else 0
+    return tuple(_with_tile(spec, blocks, tile, isa, row) for tile in tiles)
 
 
 def plan(spec: ConvSpec, isa: Isa, l2_bytes: int) -> DeepPlan | None:
@@ -140,8 +147,9 @@ def plan(spec: ConvSpec, isa: Isa, l2_bytes: int) -> DeepPlan | None:
     return next(iter(plans(spec, isa, l2_bytes)), None)
 
 
-def _with_tile(spec: ConvSpec, blocks: Split, tile: Tile, isa: Isa) -> DeepPlan:
+def _with_tile(spec: ConvSpec, blocks: Split, tile: Tile, isa: Isa, row: int) -> DeepPlan:
     block = isa.block
+    gathers = row > 0 or _gathers(spec)
     taps = spec.kernel[0] * spec.kernel[1]
     channels = split(-(-spec.ocg // block), tile.vectors)
     width = channels.size * block
@@ -151,15 +159,15 @@ def _with_tile(spec: ConvSpec, blocks: Split, tile: Tile, isa: Isa) -> DeepPlan:
     if in_blocks // parts <= most // 2:
         # Rather a larger panel than the sums' way to scratch and back for little depth.
         parts = _parts(in_blocks, 2 * most)
-    if not _gathers(spec):
+    if not gathers:
         blocks = _shared(blocks, spec.batch * channels.count)
     group = max(1, _SUMS_BYTES // (blocks.size * width * 4)) if parts > 1 else 1
     shares = max(1, _FEWEST_TASKS // (spec.batch * blocks.count))
     group = min(group, max(1, channels.count // shares))
-    if _gathers(spec):
+    if gathers:
         group = min(max(group, _GATHERED_FOR // width), -(-channels.count // _FEWEST_GATHERS))
     return DeepPlan(spec, block, channels, group, blocks, tile.pixels, parts, isa.lane_operand,
-                    together(isa))  # fmt: skip
+                    together(isa), row)  # fmt: skip
 
 
 def _shared(blocks: Split, tiles: int) -> Split:

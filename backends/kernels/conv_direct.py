@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import gcd
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from graphopt.backends.kernels.conv_direct_plan import (
 )
 from graphopt.backends.kernels.conv_spec import Accessors, ConvSpec, kernel_rows
 from graphopt.backends.kernels.lanes import QUAD, Tap, multiply, multiply_by_lanes, multiply_row
+from graphopt.backends.kernels.product import transpose
 from graphopt.backends.kernels.tiling import LINE
 from graphopt.ops.math import share
 from graphopt.ops.opdef import Expr
@@ -95,7 +97,8 @@ def emit(conv: ConvPlan, task: Expr, weights: Any, access: Accessors) -> None:
 
         def body(vectors: int = vectors, tile_block: Expr = tile_block) -> None:
             row = _Row(conv, n, g, oh, vectors, tile_block, weights, access)
-            row.emit_bands(first, count) if access.heavy else row.emit_tiles(first, count)
+            in_bands = access.heavy or access.row
+            row.emit_bands(first, count) if in_bands else row.emit_tiles(first, count)
 
         if len(sizes) == 1:
             body()
@@ -133,11 +136,16 @@ class _Row:
 
         The sums of a band wait in the first-level cache for a loop over all its pixels: a long
         epilogue takes many times its throughput to begin and to end, and LLVM spills accumulators
-        of the products where it may hold them in registers next to the epilogue's values.
+        of the products where it may hold them in registers next to the epilogue's values. Where
+        pixels are stored side by side, a band holds whole vectors of them.
         """
         block, width = self.conv.block, self.vectors * self.conv.block
         widest = max(segment.pixels for segment in self.conv.segments)
         tiles = max(1, _BAND_BYTES // (widest * width * 4))
+        if self.access.row:
+            # As many as make whole vectors.
+            turn = self.access.row // gcd(self.access.row, widest)
+            tiles = -(-tiles // turn) * turn
         sums = T.alloc_buffer((tiles * widest * width,), "float32", scope="local")
         with T.serial(0, (count + tiles - 1) // tiles) as band:
             start = first + band * tiles
@@ -316,8 +324,7 @@ def finish(
     """
     width = vectors * block
     if not access.heavy:
-        for p in range(pixels):
-            _finish_pixel(spec, block, acc, p * width, vectors, n, g, place(p), tile_block, access)
+        _finish_pixels_of_tile(spec, block, acc, pixels, vectors, n, g, place, tile_block, access)
         return
     # Copied so that the loop may index it at run time: `acc` has to stay in registers.
     sums = T.alloc_buffer((pixels * width,), "float32", scope="local")
@@ -326,6 +333,31 @@ def finish(
             T.buffer_store(sums, acc[slot * block + lane], [slot * block + lane])
     finish_pixels(spec, block, sums, lambda p: p * width, pixels, vectors, n, g, place, tile_block,
                   access, together)  # fmt: skip
+
+
+def _finish_pixels_of_tile(
+    spec: ConvSpec, block: int, acc: Any, pixels: int, vectors: int, n: Expr, g: Expr,
+    place: Callable[[Expr], tuple[Expr, Expr]], tile_block: Expr, access: Accessors,
+) -> None:  # fmt: skip
+    """A short epilogue and the stores of a register tile, straight from the registers."""
+    kind = "vectorized" if access.vector else "unroll"
+    ragged = 0 if access.padded else spec.ocg % block
+
+    def vector(v: int, count: int) -> None:
+        for p in range(pixels):
+            with loop(count, kind if count == block else "unroll") as lane:
+                channel = g * spec.ocg + (tile_block + v) * block + lane
+                access.store(n, channel, *place(p), acc[(p * vectors + v) * block + lane])
+
+    for v in range(vectors - 1 if ragged else vectors):
+        vector(v, block)
+    if ragged:
+        # Only the last vector of the last tile of channels is cut.
+        with T.If(tile_block + vectors <= spec.ocg // block):
+            with T.Then():
+                vector(vectors - 1, block)
+            with T.Else():
+                vector(vectors - 1, ragged)
 
 
 def finish_pixels(
@@ -338,6 +370,10 @@ def finish_pixels(
     The sums of pixel `p` are in a buffer from `at(p)` on; `place` gives its row and column. At most
     `together` blocks of channels are computed in turn, one statement of each at a time.
     """
+    if access.row:
+        _finish_rows(spec, block, sums, at, count, vectors, n, g, place, tile_block, access,
+                     together)  # fmt: skip
+        return
     if not access.vector or (spec.ocg % block and not access.padded):
         with T.serial(0, count) as p:
             _finish_pixel(spec, block, sums, at(p), vectors, n, g, place(p), tile_block, access)
@@ -361,6 +397,47 @@ def finish_pixels(
     if pixels > 1:
         with T.serial(0, count % pixels) as i:
             some(count // pixels * pixels + i, 1)
+
+
+def _finish_rows(
+    spec: ConvSpec, block: int, sums: Any, at: Callable[[Expr], Expr], count: Expr, vectors: int,
+    n: Expr, g: Expr, place: Callable[[Expr], tuple[Expr, Expr]], tile_block: Expr,
+    access: Accessors, together: int,
+) -> None:  # fmt: skip
+    """`finish_pixels` where neighbouring pixels are stored side by side.
+
+    Squares of pixels by channels are transposed in registers, so that the epilogue and the stores
+    take vectors of pixels; the rest is done one by one.
+    """
+    lanes, first = access.row, tile_block * block
+    channels = share(tirx.min(vectors * block, spec.ocg - first))
+    turn = max(1, together * block // lanes)
+
+    def some(start: Expr, c: Expr, kept: int) -> None:
+        square = T.alloc_buffer((lanes * lanes,), "float32", scope="local")
+        for p in range(lanes):
+            with T.vectorized(0, lanes) as lane:
+                T.buffer_store(square, sums[at(start + p) + c + lane], [p * lanes + lane])
+        transpose(square, lanes)
+
+        def one(number: int, lane: Expr) -> None:
+            channel = g * spec.ocg + first + c + number
+            access.store(n, channel, *place(start + lane), square[number * lanes + lane])
+
+        for number in range(0, kept, turn):
+            with T.vectorized(0, lanes) as lane:
+                numbers = range(number, min(number + turn, kept))
+                interleaved(partial(one, number, lane) for number in numbers)
+
+    with T.serial(0, channels // lanes) as i, T.serial(0, count // lanes) as j:
+        some(j * lanes, i * lanes, lanes)
+    rest = spec.ocg % lanes
+    if rest:
+        with T.If(channels % lanes > 0), T.Then(), T.serial(0, count // lanes) as j:
+            some(j * lanes, channels - rest, rest)
+    with T.serial(0, count % lanes) as i, T.serial(0, channels) as c:
+        p = count - count % lanes + i
+        access.store(n, g * spec.ocg + first + c, *place(p), sums[at(p) + c])
 
 
 def _finish_pixel(

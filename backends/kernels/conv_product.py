@@ -39,22 +39,21 @@ class Product:
     emit: Callable[[Expr, Any, Any, Accessors], None]
 
 
-def products(spec: ConvSpec, target: Target, *, may_gather: bool = True) -> list[Product]:
+def products(spec: ConvSpec, target: Target, *, plain: bool = False) -> list[Product]:
     """Plan the convolution each way; the one that the cost model takes comes first.
 
     Args:
         spec: the convolution.
         target: what to build for.
-        may_gather: whether neighbouring channels of the input are neighbours in memory, so that it
-            can be gathered in vectors; if not, its columns are.
+        plain: whether neighbouring columns of the input are neighbours in memory, and not channels.
     """
     isa = target.isa
     direct = [
-        _direct(plan, target)
-        for plan in conv_direct_plan.plans(spec, isa, target.l2_bytes, plain=not may_gather)
+        _direct(plan, target, plain)
+        for plan in conv_direct_plan.plans(spec, isa, target.l2_bytes, plain=plain)
     ]
-    plans = conv_deep_plan.plans(spec, isa, target.l2_bytes)
-    if not plans or (plans[0].gathers and not may_gather):
+    plans = conv_deep_plan.plans(spec, isa, target.l2_bytes, plain=plain)
+    if not plans:
         return direct
     deep = [_deep(plan, target) for plan in plans]
     # What need not gather is better off for its weights alone.
@@ -68,9 +67,9 @@ def deep_products(spec: ConvSpec, target: Target) -> list[Product]:
     return [_deep(plan, target) for plan in conv_deep_plan.plans(spec, target.isa, target.l2_bytes)]
 
 
-def _direct(plan: ConvPlan, target: Target) -> Product:
+def _direct(plan: ConvPlan, target: Target, plain: bool) -> Product:
     return Product(
-        plan.describe(), conv_direct_plan.cost(plan, target.isa), plan.tasks, 0,
+        plan.describe(), conv_direct_plan.cost(plan, target.isa, plain=plain), plan.tasks, 0,
         lambda weight: conv_direct.pack_weights(weight, plan),
         lambda task, weights, scratch, access: conv_direct.emit(plan, task, weights, access),
     )  # fmt: skip

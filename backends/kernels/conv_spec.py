@@ -45,6 +45,8 @@ class Accessors:
         heavy: whether the epilogue is too long to repeat for every accumulator.
         ahead: whether to ask for the next pixels' inputs, which come from far.
         vector_in: whether neighbouring channels of the input are neighbours in memory.
+        row: floats of a vector, where neighbouring pixels of the output are neighbours in memory,
+            and worth storing so; else 0.
         out: `(n, channel, row, column)` → the output element, for asking for its cache line.
     """
 
@@ -55,6 +57,7 @@ class Accessors:
     heavy: bool
     ahead: bool = False
     vector_in: bool = False
+    row: int = 0
     out: Callable[[Expr, Expr, Expr, Expr], Expr] | None = None
 
 

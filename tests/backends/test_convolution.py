@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from graphopt import graph as G
 from graphopt.backends.isa.avx512 import AVX512
-from graphopt.backends.kernels import conv_direct
+from graphopt.backends.kernels import conv_direct, conv_direct_plan
 from graphopt.backends.target import get_target
 from tests.backends.harness import Builder, aten, check, origins
 
@@ -342,3 +342,42 @@ def test_long_epilogues_of_any_number_of_pixels(
     z = b.op(aten.add.Tensor, b.op(aten.silu.default, b.op(aten.mul.Tensor, y, scale)), x)
     b.returns(b.conv(z, 4, (1, 1)))
     check(b, target=get_target(target))
+
+
+@settings(max_examples=5, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@given(
+    st.integers(1, 2), st.sampled_from([1, 2]), st.integers(1, 40),
+    st.tuples(st.integers(1, 9), st.integers(1, 40)), st.sampled_from([1, 3]), st.integers(1, 2),
+    st.sampled_from([64, 900, 2048]),
+)  # fmt: skip
+def test_rows_of_pixels(
+    batch: int, groups: int, out: int, size: tuple[int, int], kernel: int, stride: int, band: int
+) -> None:
+    """Plain outputs take vectors of neighbouring pixels: any number of them, ragged channels, short
+    and long epilogues, a sum, one dimension, tasks that end anywhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conv_direct, "_BAND_BYTES", band)
+        patch.setattr(conv_direct_plan, "_TARGET_STEPS", 7 * band)
+        b = Builder(out)
+        x = b.conv(b.input(b.random(batch, 4, *size)), 8, (1, 1))
+        options = {"stride": stride, "padding": kernel // 2, "groups": groups}
+        y, z, w = (b.conv(x, out * groups, (kernel, kernel), **options) for _ in range(3))
+        other = b.input(b.random(*G.shape(w)))
+        line = b.conv(b.input(b.random(batch, 8, size[1])), out * groups, (1,), groups=groups)
+        b.returns(
+            y, b.op(aten.silu.default, z), b.op(aten.relu.default, b.op(aten.add.Tensor, w, other)),
+            line,
+        )  # fmt: skip
+        check(b, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("target", ["x86-64-v2", "arm"])
+@pytest.mark.parametrize("channels", [2, 3, 13, 16])
+def test_rows_of_pixels_of_other_instruction_sets(channels: int, target: str) -> None:
+    b = Builder(channels)
+    x = b.conv(b.input(b.random(1, 3, 9, 11)), 16, (1, 1))
+    b.returns(
+        b.conv(x, channels, (3, 3), padding=1),
+        b.op(aten.sigmoid.default, b.conv(x, channels, (1, 1))),
+    )
+    check(b, target=target, tolerance=4e-6)
