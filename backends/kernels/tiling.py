@@ -18,7 +18,7 @@ _LOADS = 1.5
 at 0.7 of the peak where 16×4 and 16×6 ran at 0.98."""
 _MOST_CHANNELS = 64
 """Channels of a tile whose blocks are small; never less than eight blocks."""
-_TOGETHER = 4
+TOGETHER = 4
 """Vectors of results, which leave a few registers for each. Elementwise functions are long chains
 of dependent instructions: one after the other they wait in the processor's queues."""
 _FEW_TILES = 3
@@ -99,7 +99,7 @@ def best_tiles(blocks: int, pixels: int, isa: Isa, block: int) -> tuple[Tile, ..
 
 def together(isa: Isa) -> int:
     """Blocks of channels whose long epilogue is computed in turn, a statement of each at a time."""
-    return max(1, _TOGETHER * isa.lanes() // isa.block)
+    return max(1, TOGETHER * isa.lanes() // isa.block)
 
 
 def fits(vector_registers: int, pixels: int, isa: Isa) -> bool:
