@@ -38,6 +38,7 @@ def _lowering() -> Any:
         s_tir.transform.CanonicalizeLoop(),
         s_tir.transform.LowerOpaqueBlock(),
         tirx.transform.StmtSimplify(),
+        tirx.transform.prim_func_pass(_with_common_lanes, opt_level=0),
         tirx.transform.FlattenBuffer(),
         tirx.transform.NarrowDataType(32),
         tirx.transform.VectorizeLoop(True),
@@ -48,6 +49,29 @@ def _lowering() -> Any:
         tirx.transform.LowerIntrin(),
     ]
     return tvm.ir.transform.Sequential(passes)
+
+
+def _with_common_lanes(func: Any, *_: Any) -> Any:
+    """Let all vectorized loops of so many lanes use one variable; they do not nest.
+
+    FlattenBuffer simplifies each index with all loop variables there have been in the function. A
+    kernel with a thousand vectorized statements took a second and more.
+    """
+    common: dict[int, Any] = {}
+    lanes: dict[Any, Any] = {}
+
+    def rename(loop: Any) -> Any:
+        if loop.kind != tirx.ForKind.VECTORIZED:
+            return loop
+        variable = common.setdefault(int(loop.extent), loop.loop_var)
+        lanes[loop.loop_var] = variable
+        return tirx.For(variable, loop.min, loop.extent, loop.kind, loop.body)
+
+    def replace(var: Any) -> Any:
+        return lanes.get(var, var)
+
+    body = tvm_ffi.structural_map(func.body, [(tirx.For, rename), (tirx.Var, replace)], order="pre")
+    return func.with_body(body)
 
 
 def _bindings_to_memory(func: Any) -> Any:

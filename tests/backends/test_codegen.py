@@ -6,12 +6,22 @@ import re
 import subprocess
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import tvm
+import tvm_ffi
+from tvm import tirx
 
-from graphopt.backends.codegen import assembly, compile_kernels
+from graphopt.backends.codegen import (
+    _lowering,
+    _with_common_lanes,
+    assembly,
+    compile_kernels,
+    llvm_target,
+)
 from graphopt.backends.lower import lower
 from graphopt.backends.target import Target, get_target, targets
 from graphopt.program.ir import Program
@@ -105,6 +115,37 @@ def test_bounds_keep_nan(target: str) -> None:
     gm = b.finish()
     for ours, theirs in zip(compile_and_run(gm, [values], target)[1], gm(values), strict=True):
         np.testing.assert_array_equal(ours, theirs.numpy())
+
+
+def test_common_lanes_change_no_code() -> None:
+    """They only spare FlattenBuffer loop variables: it looks at all of them for each index."""
+    passes = list(_lowering().passes)
+    others = [each for each in passes if each.info.name != "_with_common_lanes"]
+    assert len(others) == len(passes) - 1
+    description = llvm_target(get_target("host"))
+    before = 0
+    for step in sample("host").steps:
+        func = step.kernel.prim_func.with_attr({"global_symbol": "kernel", "target": description})
+        before = max(before, len(lane_variables(func)))
+        assert len(lane_variables(_with_common_lanes(func))) <= 4
+        ours, theirs = (
+            tvm.ir.transform.Sequential(each)(tvm.IRModule({"kernel": func}))
+            for each in (passes, others)
+        )
+        assert tvm_ffi.structural_equal(ours, theirs, map_free_vars=True)
+    assert before > 50
+
+
+def lane_variables(func: Any) -> set[Any]:
+    """The variables of a function's vectorized loops."""
+    found: set[Any] = set()
+
+    def visit(loop: Any) -> None:
+        if loop.kind == tirx.ForKind.VECTORIZED:
+            found.add(loop.loop_var)
+
+    tvm_ffi.structural_walk(func.body, (tirx.For, visit))
+    return found
 
 
 def test_is_reproducible() -> None:
