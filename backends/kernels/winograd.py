@@ -47,15 +47,13 @@ def pack_weights(weight: npt.NDArray[Any], conv: WinogradPlan) -> npt.NDArray[np
     _, g, _ = transforms(conv.m)
     matrix = np.array([[float(v) for v in row] for row in g])
     spectrum = np.einsum("ai,ocij,bj->aboc", matrix, weight.astype(np.float64), matrix)
-    order = [place for each in conv.classes for place in each.places]
-    places = np.stack([spectrum[place] for place in order])
     width = conv.width
-    padded = np.zeros((conv.places, conv.out_tiles * width, weight.shape[1]))
-    padded[:, : weight.shape[0]] = places
+    padded = np.zeros((conv.places, conv.out_tiles * width, weight.shape[1]), np.float32)
+    for place, number in conv.numbers.items():
+        padded[number, : weight.shape[0]] = spectrum[place]
     passes = conv.out_tiles // conv.at_once
     shape = (conv.places, passes, conv.at_once, width, conv.depth_parts, -1)
-    tiled = padded.reshape(shape).transpose(1, 0, 4, 2, 5, 3)
-    return np.ascontiguousarray(tiled, np.float32).ravel()
+    return padded.reshape(shape).transpose(1, 0, 4, 2, 5, 3).ravel()
 
 
 def emit(conv: WinogradPlan, task: Expr, weights: Any, scratch: Any, access: Accessors) -> None:
