@@ -17,6 +17,7 @@ class Isa:
         load_operand: whether arithmetic can take a vector operand straight from memory.
         lane_operand: whether a multiply-add can take one lane of a vector as its scalar operand.
         block: channels in one block of the `NCHWc` layout.
+        fence: an LLVM intrinsic that no vector register keeps its value across; none if empty.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Isa:
     load_operand: bool
     lane_operand: bool
     block: int
+    fence: str = ""
 
     def lanes(self, dtype_bytes: int = 4) -> int:
         """Elements of `dtype_bytes` bytes in one vector register."""

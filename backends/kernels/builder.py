@@ -184,6 +184,12 @@ def barrier() -> None:
     T.evaluate(tirx.call_llvm_intrin("void", "llvm.aarch64.hint", tirx.const(0, "int32")))
 
 
+def fence(intrinsic: str) -> None:
+    """An instruction that no vector register keeps its value across (see `Isa.fence`)."""
+    if intrinsic:
+        T.evaluate(tirx.call_llvm_intrin("void", intrinsic))
+
+
 def f32(value: float) -> Expr:
     """A float32 constant."""
     return tirx.const(value, "float32")

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from graphopt.backends.kernels.builder import barrier, f32, loop, prefetch, unflatten
+from graphopt.backends.kernels.builder import barrier, f32, fence, loop, prefetch, unflatten
 from graphopt.backends.kernels.conv_deep_plan import DeepPlan
 from graphopt.backends.kernels.conv_direct import finish, finish_pixels
 from graphopt.backends.kernels.conv_spec import Accessors
@@ -131,6 +131,8 @@ class _Task:
                                     start + i * pixels, pixels, before + i)  # fmt: skip
         if self._finishes_later:
             with T.If(part == self.deep.parts - 1), T.Then():
+                if self.access.heavy:
+                    fence(self.access.fence)
                 finish_pixels(
                     self.deep.spec, self.deep.block, self.sums,
                     lambda p: (t * self.deep.blocks.size + p) * self.deep.width, total, vectors,

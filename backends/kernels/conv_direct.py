@@ -25,7 +25,15 @@ import numpy.typing as npt
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from graphopt.backends.kernels.builder import barrier, f32, interleaved, loop, prefetch, unflatten
+from graphopt.backends.kernels.builder import (
+    barrier,
+    f32,
+    fence,
+    interleaved,
+    loop,
+    prefetch,
+    unflatten,
+)
 from graphopt.backends.kernels.conv_direct_plan import (
     ConvPlan,
     Segment,
@@ -160,6 +168,9 @@ class _Row:
 
             with T.serial(0, end - start) as i:
                 self._segments(self.conv.segments, start + i, keep)
+
+            if self.access.heavy:
+                fence(self.access.fence)
 
             def place(p: Expr, left: Expr = left) -> tuple[Expr, Expr]:
                 return self.oh, left + p

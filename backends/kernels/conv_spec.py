@@ -43,6 +43,8 @@ class Accessors:
         vector: whether neighbouring channels are neighbours in memory.
         padded: whether channels behind the last one of a block may be stored too.
         heavy: whether the epilogue is too long to repeat for every accumulator.
+        fence: the intrinsic of `Isa.fence`. Before a long epilogue it keeps LLVM from holding the
+            epilogue's constants in registers that the products need.
         ahead: whether to ask for the next pixels' inputs, which come from far.
         vector_in: whether neighbouring channels of the input are neighbours in memory.
         row: floats of a vector, where neighbouring pixels of the output are neighbours in memory,
@@ -55,6 +57,7 @@ class Accessors:
     vector: bool
     padded: bool
     heavy: bool
+    fence: str = ""
     ahead: bool = False
     vector_in: bool = False
     row: int = 0

@@ -26,7 +26,15 @@ import numpy.typing as npt
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from graphopt.backends.kernels.builder import barrier, f32, interleaved, loop, prefetch, unflatten
+from graphopt.backends.kernels.builder import (
+    barrier,
+    f32,
+    fence,
+    interleaved,
+    loop,
+    prefetch,
+    unflatten,
+)
 from graphopt.backends.kernels.conv_spec import Accessors
 from graphopt.backends.kernels.lanes import multiply, multiply_by_lanes
 from graphopt.backends.kernels.tiling import LINE, TOGETHER, split
@@ -86,6 +94,8 @@ def emit(conv: WinogradPlan, task: Expr, weights: Any, scratch: Any, access: Acc
                 tiles = conv.tiles_of(each)
                 _multiply(conv, tiles, inputs, products, weights, panel, j, place, depth)
             before += len(each.places)
+        if access.heavy:
+            fence(access.fence)
         with loop(conv.at_once) as j:
             for tile in _tiles(conv, part):
                 with loop(conv.vectors) as v:
