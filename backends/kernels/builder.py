@@ -142,6 +142,16 @@ def loop(extent: int | Expr, kind: str = "serial") -> Iterator[Expr]:
         yield variable
 
 
+@contextmanager
+def only_if(condition: Expr | None) -> Iterator[None]:
+    """What is emitted inside runs where the condition holds, or always without one."""
+    if condition is None:
+        yield
+        return
+    with T.If(condition), T.Then():
+        yield
+
+
 def interleaved(bodies: Iterable[Callable[[], None]]) -> None:
     """Emit independent bodies of straight-line code in turn, a statement of each at a time.
 

@@ -7,8 +7,7 @@ Matrix Multiplication", 2008).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.isa.base import Isa
-from graphopt.backends.kernels.builder import f32, loop
+from graphopt.backends.kernels.builder import f32, loop, only_if
 from graphopt.backends.kernels.tiling import Split, fits, step_time
 from graphopt.ops.opdef import Expr
 
@@ -162,22 +161,12 @@ def emit_product(
         with loop(wanted) as number:
             one_panel(number, panels.width)
     if rest:
-        with _only_if(None if columns is None else columns > full * panels.width):
+        with only_if(None if columns is None else columns > full * panels.width):
             one_panel(tirx.const(full, "int32"), rest)
 
 
 def _ceil_div(a: Expr, b: int) -> Expr:
     return (a + (b - 1)) // b
-
-
-@contextmanager
-def _only_if(condition: Expr | None) -> Iterator[None]:
-    """What is emitted inside runs where the condition holds, or always without one."""
-    if condition is None:
-        yield
-        return
-    with T.If(condition), T.Then():
-        yield
 
 
 @dataclass(frozen=True)
@@ -245,7 +234,7 @@ class _Tile:
                     for c in range(unrolled):
                         one(turn * unrolled + c)
         if more:
-            with _only_if(None if self.depth is None else self.depth > turns * unrolled):
+            with only_if(None if self.depth is None else self.depth > turns * unrolled):
                 for c in range(more):
                     one(tirx.const(turns * unrolled + c, "int32"))
 

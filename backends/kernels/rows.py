@@ -1,4 +1,5 @@
-"""Softmax, log-softmax and layer norm over the last axes: a task is a row, read while in cache.
+"""Softmax, log-softmax and layer norm: a task is a row, read while in cache; strided rows go along
+beside their neighbours.
 
 Layer norm takes the mean first and then the sum of squared deviations, which does not cancel the
 way E[x²] − E[x]² does. Softmax subtracts the maximum (Goodfellow et al., "Deep Learning", 4.1).
@@ -6,7 +7,7 @@ way E[x²] − E[x]² does. Softmax subtracts the maximum (Goodfellow et al., "D
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -16,7 +17,7 @@ from tvm.tirx.script.builder import ir as T
 
 from graphopt import graph as G
 from graphopt.backends.kernels.base import KernelSource, Request
-from graphopt.backends.kernels.builder import View, each, f32, loop, unflatten
+from graphopt.backends.kernels.builder import View, each, f32, loop, only_if, unflatten
 from graphopt.backends.kernels.fusion import Group
 from graphopt.backends.kernels.generic import identity
 from graphopt.ops import math as M
@@ -51,48 +52,90 @@ def fold(count: int, lanes: int, kind: str, element: Callable[[Expr], Expr]) -> 
 
 
 def lower_softmax(request: Request) -> KernelSource | None:
-    """Softmax and log-softmax over any axis; along the last one with vectors."""
+    """Softmax and log-softmax over any axis, with vectors along the last one."""
     call = request.call
-    shape = call.shape
-    if not shape:
-        shape = (1,)
+    shape = call.shape or (1,)
     axis = call["dim"] % len(shape)
     source = call["self"]
     log = "log_softmax" in str(call.node.target)
     lanes = request.target.isa.block
-    outer = tuple(extent for i, extent in enumerate(shape) if i != axis)
-    row = shape[axis]
-    # Strided rows are folded one element at a time: they are rare and short.
-    width = lanes if prod(shape[axis + 1 :]) == 1 else 1
+    flops = 5 * prod(shape)
+
+    def results(x: Expr, top: Expr, factor: Expr) -> Expr:
+        return x - top - factor if log else M.exp_nonpositive(x - top) * factor
+
+    def factor_of(total: Expr) -> Expr:
+        return M.log_natural(total) if log else f32(1.0) / total
+
+    def along_last(group: Group, out: View, places: Sequence[Expr]) -> None:
+        """One row."""
+
+        def at(i: Expr) -> Index:
+            return (*places, i) if call.shape else ()
+
+        def x(i: Expr) -> Expr:
+            return group.read(source, at(i))
+
+        top = fold(shape[axis], lanes, "max", x)
+        # Differences of -inf are NaN: a row with nothing in it is NaN in PyTorch, too.
+        total = fold(shape[axis], lanes, "sum", lambda i: M.exp_nonpositive(x(i) - top[0]))
+        factor = T.alloc_buffer((1,), "float32", scope="local")
+        T.buffer_store(factor, factor_of(total[0]), [0])
+
+        def one(i: Expr) -> None:
+            value = results(x(i), top[0], factor[0])
+            group.give(request.anchor, lambda _: value)
+            out.store(at(i), group.read(request.root, at(i)))
+
+        each(shape[axis], lanes, one)
+
+    def across(group: Group, out: View, places: Sequence[Expr], first: Expr, width: int) -> None:
+        """Neighbouring strided rows, one to a lane."""
+        top, total = (T.alloc_buffer((width,), "float32", scope="local") for _ in range(2))
+
+        def at(i: Expr, lane: Expr) -> Index:
+            return (*places[:axis], i, *places[axis:], first + lane)
+
+        def x(i: Expr, lane: Expr) -> Expr:
+            return group.read(source, at(i, lane))
+
+        for buffer, start in ((top, identity("max", "float32")), (total, f32(0.0))):
+            with loop(width, "vectorized") as lane:
+                T.buffer_store(buffer, start, [lane])
+        with loop(shape[axis]) as i, loop(width, "vectorized") as lane:
+            value = x(i, lane)
+            T.buffer_store(top, tirx.Select(top[lane] > value, top[lane], value), [lane])
+        with loop(shape[axis]) as i, loop(width, "vectorized") as lane:
+            value = M.exp_nonpositive(x(i, lane) - top[lane])
+            T.buffer_store(total, total[lane] + value, [lane])
+        with loop(width, "vectorized") as lane:
+            T.buffer_store(total, factor_of(total[lane]), [lane])
+        with loop(shape[axis]) as i, loop(width, "vectorized") as lane:
+            value = results(x(i, lane), top[lane], total[lane])
+            group.give(request.anchor, lambda _: value)
+            out.store(at(i, lane), group.read(request.root, at(i, lane)))
+
+    outer = tuple(extent for i, extent in enumerate(shape[:-1]) if i != axis)
+    full, rest = divmod(shape[-1], lanes)
+    strided = axis != len(shape) - 1
 
     def emit(
         task: Expr, views: dict[fx.Node, View], constants: list[Any], out: View, group: Group,
         scratch: Any,
     ) -> None:  # fmt: skip
-        places = unflatten(task, outer)
+        if not strided:
+            along_last(group, out, unflatten(task, outer))
+            return
+        *places, number = unflatten(task, (*outer, full + (rest > 0)))
+        if full:
+            with only_if(number < full if rest else None):
+                across(group, out, places, number * lanes, lanes)
+        if rest:
+            with only_if(number == full if full else None), loop(rest) as i:
+                across(group, out, places, full * lanes + i, 1)
 
-        def at(i: Expr) -> Index:
-            return (*places[:axis], i, *places[axis:]) if call.shape else ()
-
-        def x(i: Expr) -> Expr:
-            return group.read(source, at(i))
-
-        top = fold(row, width, "max", x)
-        # Differences of -inf are NaN: a row with nothing in it is NaN in PyTorch, too.
-        total = fold(row, width, "sum", lambda i: M.exp_nonpositive(x(i) - top[0]))
-        factor = T.alloc_buffer((1,), "float32", scope="local")
-        T.buffer_store(factor, M.log_natural(total[0]) if log else f32(1.0) / total[0], [0])
-
-        def one(i: Expr) -> None:
-            moved = x(i) - top[0]
-            value = moved - factor[0] if log else M.exp_nonpositive(moved) * factor[0]
-            group.give(request.anchor, lambda _: value)
-            out.store(at(i), group.read(request.root, at(i)))
-
-        each(row, width, one)
-
-    flops = 5 * prod(shape)
-    return KernelSource("softmax", max(1, prod(outer)), flops, emit, request.reads)
+    tasks = prod(outer) * (full + (rest > 0) if strided else 1)
+    return KernelSource("softmax", max(1, tasks), flops, emit, request.reads)
 
 
 def lower_layer_norm(request: Request) -> KernelSource | None:

@@ -61,8 +61,10 @@ def _keeps_blocks(node: fx.Node, layouts: dict[fx.Node, str], wanted: str, block
     if len(G.shape(node)) < 3 or not is_float(node):
         return False
     rule = _RULES.get(op.name)
-    if rule is not None:
-        return rule(node, layouts, wanted, block)
+    if rule is not None and rule(node, layouts, wanted, block):
+        return True
+    if op.kind in (Kind.INJECTIVE, Kind.VIEW):
+        return _feeds_depthwise(node)
     if op.kind is Kind.ELEMENTWISE:
         operands = tensor_operands(node)
         alike = any(layouts[x] == wanted and G.shape(x) == G.shape(node) for x in operands)
@@ -120,14 +122,13 @@ def _cat(node: fx.Node, layouts: dict[fx.Node, str], wanted: str, block: int) ->
     return dim != 1 or all(G.shape(part)[1] % block == 0 for part in parts[:-1])
 
 
-def _regroup(node: fx.Node, layouts: dict[fx.Node, str], wanted: str, block: int) -> bool:
-    """A channel shuffle before a depthwise convolution, which only works on blocks."""
+def _feeds_depthwise(node: fx.Node) -> bool:
+    """What is moved anyway, before a depthwise convolution, which only works on blocks.
+
+    A channel shuffle, say, or a slice of a plain tensor.
+    """
     return len(G.shape(node)) == 4 and any(
-        user.op == "call_function"
-        and OPS[user.target].name == "convolution"
-        and Call(user)["input"] is node
-        and Call(user)["groups"] > 1
-        and Call(user).shape_of("weight")[1] == 1
+        user.op == "call_function" and _is_depthwise(user) and Call(user)["input"] is node
         for user in node.users
     )
 
@@ -147,6 +148,4 @@ _RULES: dict[str, Rule] = {
     "slice": _slice,
     "cat": _cat,
     "clone": _follow,
-    "reshape": _regroup,
-    "permute": _regroup,
 }

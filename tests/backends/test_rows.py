@@ -18,6 +18,9 @@ def test_every_axis_and_odd_rows(op: object) -> None:
         b.returns(b.op(op, b.input(b.random(3, length) * 4), -1))
     x = b.input(b.random(2, 5, 3, 9) * 4)
     b.returns(*(b.op(op, x, axis) for axis in (0, 1, 2, 3, -3)))
+    for last in (1, 3, 8, 16, 19):
+        y = b.input(b.random(2, 6, last) * 4)
+        b.returns(b.op(op, y, 1), b.op(aten.relu.default, b.op(op, y, 0)))
     program = check(b)
     assert set(origins(program)) == {"softmax"}
 
@@ -32,6 +35,20 @@ def test_masked_softmax() -> None:
         b.returns(b.op(aten.softmax.int, b.input(x), -1))
     nothing = b.op(aten.softmax.int, b.input(torch.full((2, 9), -torch.inf)), -1)
     b.returns(b.op(aten.isnan.default, nothing))
+    check(b)
+
+
+def test_masked_strided_softmax() -> None:
+    """Rows along another axis than the last: masked ones, one with nothing in it, one with NaN."""
+    x = torch.randn(2, 6, 11, generator=torch.Generator().manual_seed(0)) * 50
+    x[0, 2:, 3] = -torch.inf
+    empty, broken = x.clone(), x.clone()
+    empty[1, :, 9] = -torch.inf
+    broken[1, 4, 2] = torch.nan
+    b = Builder()
+    b.returns(b.op(aten.softmax.int, b.input(x), 1))
+    for value in (empty, broken):
+        b.returns(b.op(aten.isnan.default, b.op(aten.softmax.int, b.input(value), 1)))
     check(b)
 
 

@@ -6,7 +6,7 @@ import torch
 
 from graphopt import graph as G
 from graphopt.program.layouts import assign_layouts
-from tests.backends.harness import Builder, aten
+from tests.backends.harness import Builder, aten, check, origins
 
 BLOCK = 8
 BLOCKED = "NCHW8c"
@@ -74,3 +74,38 @@ def test_plain_at_once_where_no_reader_wants_blocks() -> None:
     b.returns(b.op(aten.reshape.default, x, [16, 16]))
     found = layouts(b)
     assert set(found.values()) == {"plain"}
+
+
+def test_what_is_moved_before_a_depthwise_convolution_becomes_blocks() -> None:
+    """Slices and concatenations of plain tensors are copied once; no depthwise kernel reads them
+    plain."""
+    b = Builder()
+    x = b.input(b.random(1, 32, 6, 6))
+    moved = [
+        b.op(aten.slice.Tensor, x, 1, 3, 15),
+        b.op(aten.cat.default, [x, x], 1),
+        b.op(aten.permute.default, x, [0, 1, 3, 2]),
+        b.op(aten.constant_pad_nd.default, x, [1, 1, 1, 1]),
+    ]
+    for node in moved:
+        channels = G.shape(node)[1]
+        b.returns(b.conv(node, channels, (3, 3), groups=channels))
+    plain = b.op(aten.slice.Tensor, x, 1, 3, 16)
+    b.returns(b.conv(plain, 4, (1, 1)))
+    found = layouts(b)
+    assert {found[node.name] for node in moved} == {BLOCKED}
+    assert found[plain.name] == "plain"
+
+
+def test_moved_before_a_depthwise_convolution() -> None:
+    b = Builder(3)
+    x = b.input(b.random(2, 32, 6, 7))
+    for node in (
+        b.op(aten.slice.Tensor, x, 1, 3, 15),
+        b.op(aten.cat.default, [x, b.op(aten.slice.Tensor, x, 1, 0, 5)], 1),
+        b.op(aten.constant_pad_nd.default, x, [1, 2, 0, 1]),
+    ):
+        channels = G.shape(node)[1]
+        y = b.conv(node, channels, (3, 3), groups=channels, padding=1)
+        b.returns(b.conv(y, 4, (1, 1)))
+    assert origins(check(b)).count("depthwise") == 3
