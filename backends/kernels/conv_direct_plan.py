@@ -15,6 +15,7 @@ from graphopt.backends.kernels.tiling import (
     Tile,
     best_tiles,
     choose_tile,
+    fits,
     split,
     step_time,
     together,
@@ -69,6 +70,7 @@ class ConvPlan:
         channels_outer: whether tiles of channels change after rows.
         by_lane: whether multiply-adds take one lane of a vector.
         together: blocks of channels whose long epilogue is computed in turn.
+        tight: whether the register tile leaves no register.
         by_row: whether the kernel's columns are innermost, as neighbouring columns of the input are
             loaded at once.
     """
@@ -82,6 +84,7 @@ class ConvPlan:
     channels_outer: bool
     by_lane: bool
     together: int
+    tight: bool = False
     by_row: bool = False
 
     @property
@@ -176,9 +179,11 @@ def plan(
     )  # fmt: skip
     if channels_outer:
         tiles_per_task = min(tiles, max(tiles_per_task, 4))
+    registers = max(1, block // isa.lanes()) * tile.vectors
+    tight = spec.kernel != (1, 1) and not fits(registers, tile.pixels + 1, isa)
     by_row = plain and isa.lane_operand and unrolled_columns(spec) > 0
     return ConvPlan(spec, block, channels, segments, tiles, tiles_per_task, channels_outer,
-                    isa.lane_operand, together(isa), by_row)  # fmt: skip
+                    isa.lane_operand, together(isa), tight, by_row)  # fmt: skip
 
 
 def unrolled_columns(spec: ConvSpec) -> int:
