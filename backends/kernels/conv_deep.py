@@ -27,7 +27,7 @@ from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.kernels.builder import barrier, f32, fence, loop, prefetch, unflatten
 from graphopt.backends.kernels.conv_deep_plan import DeepPlan
-from graphopt.backends.kernels.conv_direct import finish, finish_pixels
+from graphopt.backends.kernels.conv_finish import finish, finish_pixels
 from graphopt.backends.kernels.conv_spec import Accessors
 from graphopt.backends.kernels.lanes import QUAD, multiply, multiply_by_lanes
 from graphopt.backends.kernels.product import span, transpose

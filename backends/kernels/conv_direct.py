@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from math import gcd
 from typing import Any
 
@@ -29,7 +28,6 @@ from graphopt.backends.kernels.builder import (
     barrier,
     f32,
     fence,
-    interleaved,
     loop,
     prefetch,
     unflatten,
@@ -40,9 +38,9 @@ from graphopt.backends.kernels.conv_direct_plan import (
     tests_columns,
     unrolled_columns,
 )
-from graphopt.backends.kernels.conv_spec import Accessors, ConvSpec, kernel_rows
+from graphopt.backends.kernels.conv_finish import finish, finish_pixels
+from graphopt.backends.kernels.conv_spec import Accessors, kernel_rows
 from graphopt.backends.kernels.lanes import QUAD, Tap, multiply, multiply_by_lanes, multiply_row
-from graphopt.backends.kernels.product import transpose
 from graphopt.backends.kernels.tiling import LINE
 from graphopt.ops.math import share
 from graphopt.ops.opdef import Expr
@@ -327,154 +325,3 @@ def _multiply_rows(
     ):
         for c in range(together):
             row(outer * together + c, low + i, part * unrolled)
-
-
-def finish(
-    spec: ConvSpec, block: int, acc: Any, pixels: int, vectors: int, n: Expr, g: Expr,
-    place: Callable[[Expr], tuple[Expr, Expr]], tile_block: Expr, access: Accessors, together: int,
-) -> None:  # fmt: skip
-    """Epilogue and stores of one register tile; `place` gives the row and column of a pixel.
-
-    `together` is how many blocks of channels a long epilogue computes in turn.
-    """
-    width = vectors * block
-    if not access.heavy:
-        _finish_pixels_of_tile(spec, block, acc, pixels, vectors, n, g, place, tile_block, access)
-        return
-    # Copied so that the loop may index it at run time: `acc` has to stay in registers.
-    sums = T.alloc_buffer((pixels * width,), "float32", scope="local")
-    for slot in range(pixels * vectors):
-        with T.vectorized(0, block) as lane:
-            T.buffer_store(sums, acc[slot * block + lane], [slot * block + lane])
-    finish_pixels(spec, block, sums, lambda p: p * width, pixels, vectors, n, g, place, tile_block,
-                  access, together)  # fmt: skip
-
-
-def _finish_pixels_of_tile(
-    spec: ConvSpec, block: int, acc: Any, pixels: int, vectors: int, n: Expr, g: Expr,
-    place: Callable[[Expr], tuple[Expr, Expr]], tile_block: Expr, access: Accessors,
-) -> None:  # fmt: skip
-    """A short epilogue and the stores of a register tile, straight from the registers."""
-    kind = "vectorized" if access.vector else "unroll"
-    ragged = 0 if access.padded else spec.ocg % block
-
-    def vector(v: int, count: int) -> None:
-        for p in range(pixels):
-            with loop(count, kind if count == block else "unroll") as lane:
-                channel = g * spec.ocg + (tile_block + v) * block + lane
-                access.store(n, channel, *place(p), acc[(p * vectors + v) * block + lane])
-
-    for v in range(vectors - 1 if ragged else vectors):
-        vector(v, block)
-    if ragged:
-        # Only the last vector of the last tile of channels is cut.
-        with T.If(tile_block + vectors <= spec.ocg // block):
-            with T.Then():
-                vector(vectors - 1, block)
-            with T.Else():
-                vector(vectors - 1, ragged)
-
-
-def finish_pixels(
-    spec: ConvSpec, block: int, sums: Any, at: Callable[[Expr], Expr], count: Expr, vectors: int,
-    n: Expr, g: Expr, place: Callable[[Expr], tuple[Expr, Expr]], tile_block: Expr,
-    access: Accessors, together: int,
-) -> None:  # fmt: skip
-    """A long epilogue and the stores of `count` pixels.
-
-    The sums of pixel `p` are in a buffer from `at(p)` on; `place` gives its row and column. At most
-    `together` blocks of channels are computed in turn, one statement of each at a time.
-    """
-    if access.row:
-        _finish_rows(spec, block, sums, at, count, vectors, n, g, place, tile_block, access,
-                     together)  # fmt: skip
-        return
-    if not access.vector or (spec.ocg % block and not access.padded):
-        with T.serial(0, count) as p:
-            _finish_pixel(spec, block, sums, at(p), vectors, n, g, place(p), tile_block, access)
-        return
-
-    def some(first: Expr, pixels: int) -> None:
-        def one(p: int, v: int, lane: Expr) -> None:
-            channel = g * spec.ocg + (tile_block + v) * block + lane
-            value = sums[at(first + p) + v * block + lane]
-            access.store(n, channel, *place(first + p), value)
-
-        places = [(p, v) for p in range(pixels) for v in range(vectors)]
-        for start in range(0, len(places), together):
-            with T.vectorized(0, block) as lane:
-                turn = places[start : start + together]
-                interleaved(partial(one, p, v, lane) for p, v in turn)
-
-    pixels = max(1, together // vectors)
-    with T.serial(0, count // pixels) as i:
-        some(i * pixels, pixels)
-    if pixels > 1:
-        with T.serial(0, count % pixels) as i:
-            some(count // pixels * pixels + i, 1)
-
-
-def _finish_rows(
-    spec: ConvSpec, block: int, sums: Any, at: Callable[[Expr], Expr], count: Expr, vectors: int,
-    n: Expr, g: Expr, place: Callable[[Expr], tuple[Expr, Expr]], tile_block: Expr,
-    access: Accessors, together: int,
-) -> None:  # fmt: skip
-    """`finish_pixels` where neighbouring pixels are stored side by side.
-
-    Squares of pixels by channels are transposed in registers, so that the epilogue and the stores
-    take vectors of pixels; the rest is done one by one.
-    """
-    lanes, first = access.row, tile_block * block
-    channels = share(tirx.min(vectors * block, spec.ocg - first))
-    turn = max(1, together * block // lanes)
-
-    def some(start: Expr, c: Expr, kept: int) -> None:
-        square = T.alloc_buffer((lanes * lanes,), "float32", scope="local")
-        for p in range(lanes):
-            with T.vectorized(0, lanes) as lane:
-                T.buffer_store(square, sums[at(start + p) + c + lane], [p * lanes + lane])
-        transpose(square, lanes)
-
-        def one(number: int, lane: Expr) -> None:
-            channel = g * spec.ocg + first + c + number
-            access.store(n, channel, *place(start + lane), square[number * lanes + lane])
-
-        for number in range(0, kept, turn):
-            with T.vectorized(0, lanes) as lane:
-                numbers = range(number, min(number + turn, kept))
-                interleaved(partial(one, number, lane) for number in numbers)
-
-    with T.serial(0, channels // lanes) as i, T.serial(0, count // lanes) as j:
-        some(j * lanes, i * lanes, lanes)
-    rest = spec.ocg % lanes
-    if rest:
-        with T.If(channels % lanes > 0), T.Then(), T.serial(0, count // lanes) as j:
-            some(j * lanes, channels - rest, rest)
-    with T.serial(0, count % lanes) as i, T.serial(0, channels) as c:
-        p = count - count % lanes + i
-        access.store(n, g * spec.ocg + first + c, *place(p), sums[at(p) + c])
-
-
-def _finish_pixel(
-    spec: ConvSpec, block: int, sums: Any, at: Expr, vectors: int, n: Expr, g: Expr,
-    place: tuple[Expr, Expr], tile_block: Expr, access: Accessors,
-) -> None:  # fmt: skip
-    """Epilogue and stores of one pixel, whose sums are in a buffer from `at` on."""
-    ragged = spec.ocg % block
-    kind = "vectorized" if access.vector else "unroll"
-    for v in range(vectors):
-        channel = (tile_block + v) * block
-        slot = at + v * block
-
-        def lanes(count: int, kind: str, channel: Expr = channel, slot: Expr = slot) -> None:
-            with loop(count, kind) as lane:
-                access.store(n, g * spec.ocg + channel + lane, *place, sums[slot + lane])
-
-        if not ragged or access.padded:
-            lanes(block, kind)
-            continue
-        with T.If(channel + block <= spec.ocg):
-            with T.Then():
-                lanes(block, kind)
-            with T.Else():
-                lanes(ragged, "unroll")
