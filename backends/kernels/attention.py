@@ -30,7 +30,7 @@ from graphopt.backends.kernels.product import (
     emit_product,
     span,
     tile_row,
-    transpose,
+    transposed,
 )
 from graphopt.backends.kernels.tiling import LINE, Split, split
 from graphopt.ops import math as M
@@ -198,13 +198,9 @@ class _Task:
 
     def _pack_square(self, key: Expr, d: Expr) -> None:
         panels, lanes = self.plan.key_panels, self.plan.lanes
-        tile = T.alloc_buffer((lanes * lanes,), "float32", scope="local")
         for r in range(lanes):
             _ask(self.operands.key(key + lanes + r, d))
-        for r in range(lanes):
-            with loop(lanes, "vectorized") as lane:
-                T.buffer_store(tile, self._key(key + r, d + lane), [r * lanes + lane])
-        transpose(tile, lanes)
+        tile = transposed(lanes, lambda r, lane: self._key(key + r, d + lane))
         for r in range(lanes):
             with loop(lanes, "vectorized") as lane:
                 place = panels.place(d + r, key, lane)

@@ -59,6 +59,12 @@ class Request:
         ops = [OPS[node.target] for node in self.epilogue]
         return len(ops) > 6 or any(op.heavy for op in ops)
 
+    @property
+    def fence(self) -> str:
+        """`Isa.fence` before a long epilogue, lest LLVM hold its constants in registers that the
+        products need; empty before a short one."""
+        return self.target.isa.fence if self.heavy_epilogue else ""
+
     def epilogue_reads(self) -> list[fx.Node]:
         """The nodes the epilogue reads from memory."""
         inside = set(self.nodes)

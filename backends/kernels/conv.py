@@ -201,7 +201,7 @@ def _product(
             vector=in_blocks,
             padded=in_blocks and spec.groups == 1,
             heavy=request.heavy_epilogue,
-            fence=request.target.isa.fence,
+            fence=request.fence,
             ahead=ahead,
             vector_in=request.spec(source).layout != PLAIN,
             row=request.target.isa.lanes() if block is None and spec.ocg >= _ROW_CHANNELS else 0,
@@ -232,7 +232,7 @@ def _winograd(
             vector=True,
             padded=True,
             heavy=request.heavy_epilogue,
-            fence=request.target.isa.fence,
+            fence=request.fence,
             out=lambda n, c, h, w: out.load((n, c, h, w)),
         )
         winograd.emit(plan, task, constants[0], scratch, access)
@@ -290,7 +290,6 @@ def lower_depthwise(request: Request) -> KernelSource | None:
             vector=True,
             padded=True,
             heavy=request.heavy_epilogue,
-            fence=request.target.isa.fence,
         )
         depthwise.emit(plan, task, constants[0], access)
 

@@ -30,7 +30,7 @@ from graphopt.backends.kernels.conv_deep_plan import DeepPlan
 from graphopt.backends.kernels.conv_finish import finish, finish_pixels
 from graphopt.backends.kernels.conv_spec import Accessors
 from graphopt.backends.kernels.lanes import QUAD, multiply, multiply_by_lanes
-from graphopt.backends.kernels.product import span, transpose
+from graphopt.backends.kernels.product import span, transposed
 from graphopt.backends.kernels.tiling import LINE, split
 from graphopt.ops.math import share
 from graphopt.ops.opdef import Expr
@@ -131,8 +131,7 @@ class _Task:
                                     start + i * pixels, pixels, before + i)  # fmt: skip
         if self._finishes_later:
             with T.If(part == self.deep.parts - 1), T.Then():
-                if self.access.heavy:
-                    fence(self.access.fence)
+                fence(self.access.fence)
                 finish_pixels(
                     self.deep.spec, self.deep.block, self.sums,
                     lambda p: (t * self.deep.blocks.size + p) * self.deep.width, total, vectors,
@@ -280,12 +279,8 @@ class _Task:
 
         with T.serial(0, deep.part_blocks) as number, loop(deep.block // lanes) as half:
             with T.serial(0, self.count // lanes) as i:
-                square = T.alloc_buffer((lanes * lanes,), "float32", scope="local")
-                for c in range(lanes):
-                    with T.vectorized(0, lanes) as lane:
-                        value = x(number, half, c, i * lanes + lane)
-                        T.buffer_store(square, value, [c * lanes + lane])
-                transpose(square, lanes)
+                columns = partial(x, number, half)
+                square = transposed(lanes, lambda c, lane: columns(c, i * lanes + lane))
                 for p in range(lanes):
                     with T.vectorized(0, lanes) as lane:
                         place = [number, i * lanes + p, half * lanes + lane]

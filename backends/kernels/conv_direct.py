@@ -167,8 +167,7 @@ class _Row:
             with T.serial(0, end - start) as i:
                 self._segments(self.conv.segments, start + i, keep)
 
-            if self.access.heavy:
-                fence(self.access.fence)
+            fence(self.access.fence)
 
             def place(p: Expr, left: Expr = left) -> tuple[Expr, Expr]:
                 return self.oh, left + p
@@ -254,7 +253,8 @@ class _Row:
                     return
                 inner = 4 if channels % 4 == 0 else channels
                 with loop(channels // inner) as outer:
-                    if conv.tight and channels > inner and isinstance(high - low, int):
+                    has_rows = spec.kernel != (1, 1) and isinstance(high - low, int)
+                    if conv.tight and has_rows and channels > inner:
                         # LLVM moves no loads across. Without padding, it would have those of two
                         # fours at once, and spill: 53 GFLOP/s instead of 100.
                         prefetch(weights[rows + (outer + 2) * inner * width], level=1)

@@ -180,7 +180,7 @@ def plan(
     if channels_outer:
         tiles_per_task = min(tiles, max(tiles_per_task, 4))
     registers = max(1, block // isa.lanes()) * tile.vectors
-    tight = spec.kernel != (1, 1) and not fits(registers, tile.pixels + 1, isa)
+    tight = not fits(registers, tile.pixels + 1, isa)
     by_row = plain and isa.lane_operand and unrolled_columns(spec) > 0
     return ConvPlan(spec, block, channels, segments, tiles, tiles_per_task, channels_outer,
                     isa.lane_operand, together(isa), tight, by_row)  # fmt: skip

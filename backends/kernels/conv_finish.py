@@ -11,7 +11,7 @@ from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.kernels.builder import interleaved, loop
 from graphopt.backends.kernels.conv_spec import Accessors, ConvSpec
-from graphopt.backends.kernels.product import transpose
+from graphopt.backends.kernels.product import transposed
 from graphopt.ops.math import share
 from graphopt.ops.opdef import Expr
 
@@ -26,7 +26,8 @@ def finish(
     """
     width = vectors * block
     if not access.heavy:
-        _finish_tile(spec, block, acc, pixels, vectors, n, g, place, tile_block, access)
+        _finish_each(spec, block, acc, lambda p: p * width, pixels, vectors, n, g, place,
+                     tile_block, access)  # fmt: skip
         return
     # Copied so that the loop may index it at run time: `acc` has to stay in registers.
     sums = T.alloc_buffer((pixels * width,), "float32", scope="local")
@@ -37,11 +38,12 @@ def finish(
                   access, together)  # fmt: skip
 
 
-def _finish_tile(
-    spec: ConvSpec, block: int, acc: Any, pixels: int, vectors: int, n: Expr, g: Expr,
-    place: Callable[[Expr], tuple[Expr, Expr]], tile_block: Expr, access: Accessors,
+def _finish_each(
+    spec: ConvSpec, block: int, sums: Any, at: Callable[[Expr], Expr], pixels: int, vectors: int,
+    n: Expr, g: Expr, place: Callable[[Expr], tuple[Expr, Expr]], tile_block: Expr,
+    access: Accessors,
 ) -> None:  # fmt: skip
-    """A short epilogue and the stores of a register tile, straight from the registers."""
+    """Epilogue and stores of some pixels, one vector of channels or one channel after the other."""
     kind = "vectorized" if access.vector else "unroll"
     ragged = 0 if access.padded else spec.ocg % block
 
@@ -49,7 +51,7 @@ def _finish_tile(
         for p in range(pixels):
             with loop(count, kind if count == block else "unroll") as lane:
                 channel = g * spec.ocg + (tile_block + v) * block + lane
-                access.store(n, channel, *place(p), acc[(p * vectors + v) * block + lane])
+                access.store(n, channel, *place(p), sums[at(p) + v * block + lane])
 
     for v in range(vectors - 1 if ragged else vectors):
         vector(v, block)
@@ -78,7 +80,8 @@ def finish_pixels(
         return
     if not access.vector or (spec.ocg % block and not access.padded):
         with T.serial(0, count) as p:
-            _finish_pixel(spec, block, sums, at(p), vectors, n, g, place(p), tile_block, access)
+            _finish_each(spec, block, sums, lambda _: at(p), 1, vectors, n, g, lambda _: place(p),
+                         tile_block, access)  # fmt: skip
         return
 
     def some(first: Expr, pixels: int) -> None:
@@ -116,11 +119,7 @@ def _finish_rows(
     turn = max(1, together * block // lanes)
 
     def some(start: Expr, c: Expr, kept: int) -> None:
-        square = T.alloc_buffer((lanes * lanes,), "float32", scope="local")
-        for p in range(lanes):
-            with T.vectorized(0, lanes) as lane:
-                T.buffer_store(square, sums[at(start + p) + c + lane], [p * lanes + lane])
-        transpose(square, lanes)
+        square = transposed(lanes, lambda p, lane: sums[at(start + p) + c + lane])
 
         def one(number: int, lane: Expr) -> None:
             channel = g * spec.ocg + first + c + number
@@ -140,28 +139,3 @@ def _finish_rows(
     with T.serial(0, count % lanes) as i, T.serial(0, channels) as c:
         p = count - count % lanes + i
         access.store(n, g * spec.ocg + first + c, *place(p), sums[at(p) + c])
-
-
-def _finish_pixel(
-    spec: ConvSpec, block: int, sums: Any, at: Expr, vectors: int, n: Expr, g: Expr,
-    place: tuple[Expr, Expr], tile_block: Expr, access: Accessors,
-) -> None:  # fmt: skip
-    """Epilogue and stores of one pixel, whose sums are in a buffer from `at` on."""
-    ragged = spec.ocg % block
-    kind = "vectorized" if access.vector else "unroll"
-    for v in range(vectors):
-        channel = (tile_block + v) * block
-        slot = at + v * block
-
-        def lanes(count: int, kind: str, channel: Expr = channel, slot: Expr = slot) -> None:
-            with loop(count, kind) as lane:
-                access.store(n, g * spec.ocg + channel + lane, *place, sums[slot + lane])
-
-        if not ragged or access.padded:
-            lanes(block, kind)
-            continue
-        with T.If(channel + block <= spec.ocg):
-            with T.Then():
-                lanes(block, kind)
-            with T.Else():
-                lanes(ragged, "unroll")

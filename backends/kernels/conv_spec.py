@@ -43,8 +43,7 @@ class Accessors:
         vector: whether neighbouring channels are neighbours in memory.
         padded: whether channels behind the last one of a block may be stored too.
         heavy: whether the epilogue is too long to repeat for every accumulator.
-        fence: the intrinsic of `Isa.fence`. Before a long epilogue it keeps LLVM from holding the
-            epilogue's constants in registers that the products need.
+        fence: the intrinsic to put between products and epilogue (`Request.fence`), or empty.
         ahead: whether to ask for the next pixels' inputs, which come from far.
         vector_in: whether neighbouring channels of the input are neighbours in memory.
         row: floats of a vector, where neighbouring pixels of the output are neighbours in memory,

@@ -132,7 +132,7 @@ def _product(
             vector=request.spec(request.root).layout == PLAIN,
             padded=False,
             heavy=request.heavy_epilogue,
-            fence=request.target.isa.fence,
+            fence=request.fence,
             vector_in=plain,
         )
         product.emit(task, constants[0], scratch, access)

@@ -248,7 +248,17 @@ class _Tile:
             step(first + c, [x[r * _UNROLLED + c] for r in range(self.rows)])
 
 
-def transpose(tile: Any, lanes: int) -> None:
+def transposed(lanes: int, element: Callable[[int, Expr], Expr]) -> Any:
+    """`element(row, lane)` of a square, transposed in registers: a flat local buffer."""
+    square = T.alloc_buffer((lanes * lanes,), "float32", scope="local")
+    for row in range(lanes):
+        with loop(lanes, "vectorized") as lane:
+            T.buffer_store(square, element(row, lane), [row * lanes + lane])
+    _transpose(square, lanes)
+    return square
+
+
+def _transpose(tile: Any, lanes: int) -> None:
     """Transpose a local buffer of `lanes` by `lanes` in registers.
 
     Swaps the off-diagonal quarters, then theirs (Eklundh, "A Fast Computer Method for Matrix

@@ -61,7 +61,7 @@ def lower_softmax(request: Request) -> KernelSource | None:
     lanes = request.target.isa.block
     flops = 5 * prod(shape)
 
-    def results(x: Expr, top: Expr, factor: Expr) -> Expr:
+    def result(x: Expr, top: Expr, factor: Expr) -> Expr:
         return x - top - factor if log else M.exp_nonpositive(x - top) * factor
 
     def factor_of(total: Expr) -> Expr:
@@ -83,7 +83,7 @@ def lower_softmax(request: Request) -> KernelSource | None:
         T.buffer_store(factor, factor_of(total[0]), [0])
 
         def one(i: Expr) -> None:
-            value = results(x(i), top[0], factor[0])
+            value = result(x(i), top[0], factor[0])
             group.give(request.anchor, lambda _: value)
             out.store(at(i), group.read(request.root, at(i)))
 
@@ -111,7 +111,7 @@ def lower_softmax(request: Request) -> KernelSource | None:
         with loop(width, "vectorized") as lane:
             T.buffer_store(total, factor_of(total[lane]), [lane])
         with loop(shape[axis]) as i, loop(width, "vectorized") as lane:
-            value = results(x(i, lane), top[lane], total[lane])
+            value = result(x(i, lane), top[lane], total[lane])
             group.give(request.anchor, lambda _: value)
             out.store(at(i, lane), group.read(request.root, at(i, lane)))
 

@@ -112,7 +112,7 @@ def lower_transposed(request: Request) -> KernelSource | None:
                 vector=in_blocks,
                 padded=in_blocks and groups == 1,
                 heavy=request.heavy_epilogue,
-                fence=request.target.isa.fence,
+                fence=request.fence,
             )
             weights = T.decl_buffer(
                 (packed.size - phase.first_weight,), "float32", data=constants[0].data,

@@ -94,8 +94,7 @@ def emit(conv: WinogradPlan, task: Expr, weights: Any, scratch: Any, access: Acc
                 tiles = conv.tiles_of(each)
                 _multiply(conv, tiles, inputs, products, weights, panel, j, place, depth)
             before += len(each.places)
-        if access.heavy:
-            fence(access.fence)
+        fence(access.fence)
         with loop(conv.at_once) as j:
             for tile in _tiles(conv, part):
                 with loop(conv.vectors) as v:

@@ -74,7 +74,7 @@ def _read_slices(
     owner = source
     while owner.op == "call_function" and not _has_kernel(owner, layouts):
         owner = tensor_operands(owner)[0]
-    if owner.op != "call_function" or owner in returned:
+    if owner.op != "call_function" or owner in returned or _is_fused(source, layouts):
         return
     holder, base = plan.within.get(owner, (owner, 0))
     found: dict[fx.Node, int] = {}
@@ -83,7 +83,7 @@ def _read_slices(
         waits = any(_needs_buffer(reader) for reader in user.users)
         if offset is None or user in plan.within or user in returned or not waits:
             continue
-        if (base + offset) % ALIGNMENT == 0 and not _is_fused(source, layouts):
+        if (base + offset) % ALIGNMENT == 0:
             found[user] = base + offset
     if 2 * sum(prod(G.shape(node)) for node in found) < prod(G.shape(source)):
         return
@@ -100,7 +100,7 @@ def _offset(node: fx.Node, source: fx.Node, layouts: Mapping[fx.Node, str]) -> i
     dim = call["dim"] % len(shape)
     if layouts[node] != layout or call["step"] != 1 or prod(shape[:dim]) != 1:
         return None
-    start = min(max(0, (call["start"] or 0) + shape[dim] * ((call["start"] or 0) < 0)), shape[dim])
+    start = slice(call["start"], None).indices(shape[dim])[0]
     end = start + G.shape(node)[dim]
     block = block_of(layout)
     if block is not None and (dim > 1 or start % block or (end % block and end < shape[1])):

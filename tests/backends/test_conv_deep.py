@@ -8,6 +8,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from graphopt import graph as G
 from graphopt.backends.kernels import conv_deep_plan, conv_direct_plan, winograd_plan
 from graphopt.backends.kernels.conv_product import products
 from graphopt.backends.kernels.conv_spec import ConvSpec
@@ -146,6 +147,20 @@ def test_blocks_of_two_sizes_shared_by_tasks(target: str, threads: int) -> None:
     program = check(b, target=target, threads=threads, tolerance=5e-6)
     assert origins(program)[1] == "conv_deep"
     assert program.steps[1].tasks >= 16
+
+
+@pytest.mark.parametrize("target", ["host", "arm"])
+def test_rows_of_pixels_of_an_image(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was gathered is stored in vectors of pixels that go over the ends of rows."""
+    monkeypatch.setattr(conv_deep_plan, "_PANEL_BYTES", 1024)
+    monkeypatch.setattr(conv_direct_plan, "cost", lambda *_, **__: float("inf"))
+    b = Builder(4)
+    x = b.op(aten.relu.default, b.conv(b.input(b.random(2, 3, 13, 11)), 24, (1, 1)))
+    y, z = (b.conv(x, 29, (3, 3), stride=2, padding=1) for _ in range(2))
+    other = b.input(b.random(*G.shape(y)))
+    b.returns(b.op(aten.silu.default, y), b.op(aten.add.Tensor, z, other))
+    program = check(b, target=_without_cache(target), tolerance=5e-6)
+    assert origins(program)[1:] == ["conv_deep", "conv_deep"]
 
 
 def test_plain_images_whose_lines_do_not_fit_the_first_cache() -> None:
