@@ -56,8 +56,9 @@ def products(spec: ConvSpec, target: Target, *, plain: bool = False) -> list[Pro
     if not plans:
         return direct
     deep = [_deep(plan, target) for plan in plans]
-    # What need not gather is better off for its weights alone.
-    if plans[0].gathers and deep[0].cycles > direct[0].cycles:
+    # What need not gather, or gathers one tap, is better off for its weights alone.
+    turns = plans[0].row > 0 or (plans[0].gathers and plans[0].taps > 1)
+    if turns and deep[0].cycles > direct[0].cycles:
         return [*direct, *deep]
     return [*deep, *direct]
 

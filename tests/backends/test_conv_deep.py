@@ -81,7 +81,7 @@ def test_plain_images(target: str, size: tuple[int, int], monkeypatch: pytest.Mo
     z = b.op(aten.silu.default, b.conv(x, 29, (1, 1)))
     b.returns(b.conv(y, 4, (1, 1)), z, b.conv(x, 48, (1, 1)))
     program = check(b, target=_without_cache(target), tolerance=5e-6)
-    assert origins(program).count("conv_deep") == 3
+    assert origins(program).count("conv_deep") == 3, origins(program)
     assert all(program.buffers[name].layout == "plain" for name in ("y1", "y2"))
 
 
@@ -174,3 +174,41 @@ def test_plain_images_whose_lines_do_not_fit_the_first_cache() -> None:
     assert first(464, 1024, 49) == "conv_deep"
     assert first(232, 232, 49) == "conv_deep"
     assert first(128, 128, 196) == "conv_direct"
+
+
+def test_gathers_few_pixels_once() -> None:
+    """Every group of channels would gather them again; weights are read again instead."""
+    target = get_target("x86-64-v3")
+
+    def strided(size: int, out: int, kernel: int) -> conv_deep_plan.DeepPlan | None:
+        half = (size + 1) // 2
+        spec = ConvSpec(1, 1, 256, out, (size, size), (half, half), (kernel, kernel), (2, 2),
+                        (kernel // 2, kernel // 2))  # fmt: skip
+        return conv_deep_plan.plan(spec, target.isa, target.l2_bytes)
+
+    for size, blocks, groups in ((14, 1, 4), (20, 2, 2), (26, 4, 1), (28, 4, 1), (56, 16, 1)):
+        plan = strided(size, 512, 3)
+        assert plan is not None
+        assert plan.gathers
+        assert (plan.blocks.count, plan.groups) == (blocks, groups)
+        assert plan.blocks.size <= 64
+    # One tap is gathered fast: where direct convolution would read weights from the second level.
+    assert strided(28, 512, 1) is not None
+    assert strided(28, 128, 1) is None
+    assert strided(28, 80, 3) is None
+
+
+@pytest.mark.parametrize("target", ["host", "arm"])
+def test_gathered_blocks_of_two_sizes(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conv_deep_plan, "_PANEL_BYTES", 256)
+    monkeypatch.setattr(conv_direct_plan, "cost", lambda *_, **__: float("inf"))
+    b = Builder(5)
+    image = b.input(b.random(2, 16, 15, 13))
+    x = b.op(aten.relu.default, b.conv(b.input(b.random(2, 3, 29, 25)), 16, (1, 1)))
+    y = b.op(aten.silu.default, b.conv(x, 40, (3, 3), stride=2, padding=1))
+    z = b.op(aten.relu.default, b.conv(image, 40, (1, 1)))
+    b.returns(b.conv(b.op(aten.add.Tensor, y, z), 8, (1, 1)))
+    program = check(b, target=_without_cache(target), tolerance=5e-6)
+    assert origins(program).count("conv_deep") == 3
+    tasks = [step.tasks for step in program.steps if step.kernel.origin.startswith("conv_deep")]
+    assert tasks[:2] == [2 * 4, 2 * 4], "195 pixels in four blocks"
