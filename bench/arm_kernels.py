@@ -14,28 +14,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from torch import fx
 
-from graphopt.backends.codegen import assembly
-from graphopt.backends.lower import lower
 from graphopt.backends.target import get_target
-from tests.backends.harness import Builder
-
-aten = torch.ops.aten
+from tests.backends.harness import Builder, aten
+from tests.backends.loops import Layer, Loop, assembly_of, loops_of, product_loops
 
 FMA_AIM = 0.75
 """Least share of multiply-adds among a loop's instructions."""
@@ -85,29 +80,30 @@ class Case:
     """One kernel to look at.
 
     Attributes:
-        make: adds it to a graph, given an input in blocks of channels or a plain one.
+        make: the layer.
         shape: shape of that input.
-        blocked: whether the layers around it hand it blocks of channels, as inside a network.
+        blocked: whether the layers before and behind it work on blocks of channels, as inside a
+            network.
         winograd: whether Winograd is allowed.
         loop: `product` for the loop with most multiply-adds, or `transform` and which one.
         fma_share: least share of multiply-adds among the loop's instructions.
         limit: why it is less than elsewhere.
     """
 
-    make: Callable[[Builder, fx.Node], fx.Node]
+    make: Layer
     shape: tuple[int, ...]
-    blocked: bool = True
+    blocked: tuple[bool, bool] = (True, True)
     winograd: bool = False
     loop: str = "product"
     fma_share: float = FMA_AIM
     limit: str = ""
 
 
-def conv(channels: int, kernel: int, **options: Any) -> Callable[[Builder, fx.Node], fx.Node]:
+def conv(channels: int, kernel: int, **options: Any) -> Layer:
     return lambda b, x: b.conv(x, channels, (kernel, kernel), **options)
 
 
-def linear(columns: int) -> Callable[[Builder, fx.Node], fx.Node]:
+def linear(columns: int) -> Layer:
     def make(b: Builder, x: fx.Node) -> fx.Node:
         rows = x.meta["val"].shape[-1]
         weight = b.constant(b.random(columns, rows) / rows**0.5)
@@ -120,12 +116,14 @@ def attention(b: Builder, x: fx.Node) -> fx.Node:
     return b.op(aten.scaled_dot_product_attention.default, x, x, x)
 
 
+PLAIN, PLAIN_IN = (False, False), (False, True)
+
 CASES = {
     "conv 3×3": Case(conv(64, 3, padding=1), (1, 64, 56, 56)),
     "conv 3×3 stride 2": Case(conv(128, 3, padding=1, stride=2), (1, 64, 56, 56)),
-    "conv 3×3 image": Case(conv(32, 3, padding=1, stride=2), (1, 3, 224, 224), blocked=False),
-    "conv 7×7 image": Case(conv(64, 7, padding=3, stride=2), (1, 3, 224, 224), blocked=False),
-    "patches 16×16": Case(conv(192, 16, stride=16), (1, 3, 224, 224), blocked=False),
+    "conv 3×3 image": Case(conv(32, 3, padding=1, stride=2), (1, 3, 224, 224), blocked=PLAIN_IN),
+    "conv 7×7 image": Case(conv(64, 7, padding=3, stride=2), (1, 3, 224, 224), blocked=PLAIN_IN),
+    "patches 16×16": Case(conv(192, 16, stride=16), (1, 3, 224, 224), blocked=PLAIN_IN),
     "conv 1×1": Case(conv(96, 1), (1, 64, 28, 28)),
     "conv 1×1 to 24": Case(conv(24, 1), (1, 96, 56, 56)),
     "depthwise 3×3": Case(conv(96, 3, padding=1, groups=96), (1, 96, 56, 56)),
@@ -139,44 +137,18 @@ CASES = {
     "winograd product": Case(conv(64, 3, padding=1), (1, 64, 56, 56), winograd=True),
     "winograd input": Case(conv(64, 3), (1, 64, 58, 58), winograd=True, loop="transform 0"),
     "winograd output": Case(conv(64, 3), (1, 64, 58, 58), winograd=True, loop="transform 1"),
-    "linear M=128": Case(linear(384), (128, 384), blocked=False),
+    "linear M=128": Case(linear(384), (128, 384), blocked=PLAIN),
     "conv 3×3 deep": Case(conv(512, 3, padding=1, stride=2), (1, 512, 14, 14)),
-    "linear M=128 deep": Case(linear(3072), (128, 768), blocked=False),
+    "linear M=128 deep": Case(linear(3072), (128, 768), blocked=PLAIN),
     "linear M=1": Case(
         linear(1000),
         (1, 1280),
-        blocked=False,
+        blocked=PLAIN,
         fma_share=0.60,
         limit="loads: each weight is used once, a load of a pair for every 2 multiply-adds",
     ),
-    "attention": Case(attention, (1, 12, 128, 32), blocked=False),
+    "attention": Case(attention, (1, 12, 128, 32), blocked=PLAIN),
 }
-
-
-@dataclass(frozen=True)
-class Loop:
-    """A loop of a function: its own instructions, those of inner loops left out."""
-
-    instructions: tuple[str, ...]
-    innermost: bool
-
-    def count(self, pattern: str) -> int:
-        return sum(re.match(pattern, each) is not None for each in self.instructions)
-
-    @property
-    def multiply_adds(self) -> int:
-        """Vector multiply-adds."""
-        return self.count(r"fml[as]\tv\d+\.4s")
-
-    @property
-    def arithmetic(self) -> int:
-        """All vector arithmetic on floats."""
-        return self.count(r"f(ml[as]|add|sub|mul|neg)\tv\d+\.4s")
-
-    @property
-    def spills(self) -> int:
-        """Loads and stores of vector registers on the stack."""
-        return self.count(r"(ld|st)u?[rp]\t[qvds]\d+.*\[sp")
 
 
 @dataclass(frozen=True)
@@ -196,58 +168,16 @@ class Result:
     misses: tuple[str, ...]
 
 
-def assembly_of(case: Case, core: str) -> tuple[str, str]:
-    """The case's kernel compiled for a core: its generator and its assembly."""
-    b = Builder()
-    n, *rest = case.shape
-    if case.blocked:
-        x = b.op(aten.relu.default, b.conv(b.input(b.random(n, 8, *rest[1:])), rest[0], (1, 1)))
-    else:
-        x = b.input(b.random(*case.shape))
-    y = case.make(b, x)
-    if len(case.shape) == 4 and y.target is aten.convolution.default:
-        # Another layer behind it, or it would be asked for a row-major result.
-        y = b.conv(b.op(aten.relu.default, y), 8, (1, 1))
-    b.returns(y)
-    target = get_target(core)
-    program = lower(b.finish(), target, "bench", winograd=case.winograd)
-    step = program.steps[1 if case.blocked else 0]
-    return step.kernel.origin, assembly(replace(program, steps=(step,)), target)
-
-
-def loops_of(text: str) -> Iterator[Loop]:
-    """Every loop, found by the branches that go back to a label."""
-    lines = text.splitlines()
-    labels = {line[:-1]: i for i, line in enumerate(lines) if re.fullmatch(r"[.\w$]+:", line)}
-    spans = set()
-    for i, line in enumerate(lines):
-        branch = re.fullmatch(r"\t(?:b(?:\.\w+)?|cbn?z|tbn?z)\t(?:.*, )?(\.LBB\w+)", line)
-        if branch and labels[branch[1]] < i:
-            spans.add((labels[branch[1]], i))
-    for first, last in sorted(spans):
-        inside = [s for s in spans if s != (first, last) and first <= s[0] and s[1] <= last]
-        own = [
-            line.strip()
-            for i, line in enumerate(lines[first : last + 1], first)
-            if re.match(r"\t[a-z]", line) and not any(a <= i <= b for a, b in inside)
-        ]
-        yield Loop(tuple(own), innermost=not inside)
-
-
 def hot_loop(case: Case, text: str) -> Loop:
     """The loop the case is about."""
-    loops = list(loops_of(text))
     kind, _, number = case.loop.partition(" ")
     if kind == "product":
-        # Of equal ones the worst: borders have code of their own. Epilogues add a little.
-        candidates = [
-            loop
-            for loop in loops
-            if loop.innermost and loop.arithmetic <= 1.25 * loop.multiply_adds
-        ]
-        return max(candidates, key=lambda loop: (loop.multiply_adds, len(loop.instructions)))
+        # Of equal ones the worst: borders have code of their own.
+        return max(
+            product_loops(text), key=lambda loop: (loop.multiply_adds, len(loop.instructions))
+        )
     # In the order they run in; the product only multiplies and adds at once.
-    transforms = [loop for loop in loops if loop.arithmetic - loop.multiply_adds > 20]
+    transforms = [loop for loop in loops_of(text) if loop.arithmetic - loop.multiply_adds > 20]
     return transforms[int(number)]
 
 
@@ -288,7 +218,8 @@ def check_peaks(mca: str) -> None:
 
 def measure(name: str, core: str, mca: str) -> tuple[Result, Loop]:
     case = CASES[name]
-    generator, text = assembly_of(case, core)
+    generator, text = assembly_of(case.make, case.shape, get_target(core), blocked=case.blocked,
+                                  winograd=case.winograd)  # fmt: skip
     loop = hot_loop(case, text)
     bound, simulated = cycles_of(mca, CORES[core], loop.instructions)
     cycles = simulated if CORES[core].simulates else None
