@@ -210,6 +210,7 @@ class _Row:
         left = column * spec.stride[1] - spec.padding[1]
 
         is_tested = tests_columns(spec)
+        is_tight = pixels >= conv.tight and not (conv.in_place and vectors == 1)
 
         def step(c: Expr, ih: Expr, base: Expr, kw: Expr, skipped: frozenset[int]) -> None:
             def x(p: int) -> Expr:
@@ -254,7 +255,7 @@ class _Row:
                 inner = 4 if channels % 4 == 0 else channels
                 with loop(channels // inner) as outer:
                     has_rows = spec.kernel != (1, 1) and isinstance(high - low, int)
-                    if conv.tight and has_rows and channels > inner:
+                    if is_tight and has_rows and channels > inner:
                         # LLVM moves no loads across. Without padding, it would have those of two
                         # fours at once, and spill: 53 GFLOP/s instead of 100.
                         prefetch(weights[rows + (outer + 2) * inner * width], level=1)

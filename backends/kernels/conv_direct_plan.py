@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import count
 
 from tvm import tirx
 
@@ -71,7 +72,7 @@ class ConvPlan:
         by_lane: whether multiply-adds take one lane of a vector.
         in_place: whether there is `Isa.multiply_add`.
         together: blocks of channels whose long epilogue is computed in turn.
-        tight: whether the register tile leaves no register.
+        tight: pixels from which a register tile leaves no register.
         by_row: whether the kernel's columns are innermost, as neighbouring columns of the input are
             loaded at once.
     """
@@ -86,7 +87,7 @@ class ConvPlan:
     by_lane: bool
     in_place: bool
     together: int
-    tight: bool = False
+    tight: int = 0
     by_row: bool = False
 
     @property
@@ -182,7 +183,7 @@ def plan(
     if channels_outer:
         tiles_per_task = min(tiles, max(tiles_per_task, 4))
     registers = max(1, block // isa.lanes()) * tile.vectors
-    tight = not fits(registers, tile.pixels + 1, isa)
+    tight = next(p for p in count(1) if not fits(registers, p + 1, isa))
     by_row = plain and isa.lane_operand and unrolled_columns(spec) > 0
     return ConvPlan(spec, block, channels, segments, tiles, tiles_per_task, channels_outer,
                     isa.lane_operand, bool(isa.multiply_add), together(isa), tight,
