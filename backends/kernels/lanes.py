@@ -38,8 +38,8 @@ def multiply(
 ) -> None:  # fmt: skip
     """Multiply and add one channel of some pixels of a tile; its weights begin at `base`.
 
-    `in_place` says that there is `Isa.multiply_add`. Tiles of one vector use it: 8×13 ran at 55 to
-    65 GFLOP/s without, and at 80 to 88 with it. For wider ones LLVM's own order is better.
+    `in_place` says that there is `Isa.multiply_add`. Tiles of one vector use it: 8×13 ran at 50 to
+    72 GFLOP/s without, and at 75 to 89 with it. For wider ones LLVM's own order is better.
     """
     for p in pixels:
         value = x(p)
