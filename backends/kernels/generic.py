@@ -198,26 +198,67 @@ def _fold_vector(
 def _fold_row(reduction: Reduction, index: Index, dtype: str, lanes: int) -> Expr:
     """Fold a box whose last axis is contiguous: vectors along it, then across the lanes."""
     *lead, row = reduction.extents
-    acc = T.alloc_buffer((lanes,), dtype, scope="local")
-    total = T.alloc_buffer((1,), dtype, scope="local")
-    _fill(acc, 0, lanes, identity(reduction.combine, dtype))
-    T.buffer_store(total, identity(reduction.combine, dtype), [0])
-    full = row // lanes
 
-    def step(box: list[Expr]) -> None:
-        if full:
-            with loop(full) as i, T.vectorized(0, lanes) as lane:
-                item = reduction.element(index, (*box, i * lanes + lane))
-                T.buffer_store(acc, combine(reduction.combine, acc[lane], item), [lane])
-        if row % lanes:
-            with loop(row % lanes) as i:
-                item = reduction.element(index, (*box, full * lanes + i))
-                T.buffer_store(total, combine(reduction.combine, total[0], item), [0])
+    def join(a: Expr, b: Expr) -> Expr:
+        return combine(reduction.combine, a, b)
 
-    _nest(list(lead), step)
-    for lane in range(lanes):
-        T.buffer_store(total, combine(reduction.combine, total[0], acc[lane]), [0])
-    return total[0]
+    fold = RowFold(row, lanes, identity(reduction.combine, dtype), join)
+    _nest(list(lead), lambda box: fold.add(lambda i: reduction.element(index, (*box, i))))
+    return fold.result()
+
+
+class RowFold:
+    """Folds rows of contiguous elements into one: vectors along them, then across the lanes.
+
+    Long rows go to several accumulators in turn, lest every vector wait for the one before.
+    """
+
+    def __init__(
+        self, count: int, lanes: int, start: Expr, join: Callable[[Expr, Expr], Expr]
+    ) -> None:
+        """Rows of `count` elements, folded from `start` on by `join`."""
+        dtype = dtype_of(start)
+        self._join, self._lanes = join, lanes
+        self._vectors, self._rest = divmod(count, lanes)
+        self._chains = _CHAINS if self._vectors >= 2 * _CHAINS else 1
+        self._acc = T.alloc_buffer((self._chains * lanes,), dtype, scope="local")
+        self._total = T.alloc_buffer((1,), dtype, scope="local")
+        for chain in range(self._chains if self._vectors else 0):
+            _fill(self._acc, chain * lanes, lanes, start)
+        T.buffer_store(self._total, start, [0])
+
+    def add(self, element: Callable[[Expr], Expr]) -> None:
+        """Fold one more row, whose elements are `element(0)` to `element(count - 1)`."""
+        chains, lanes = self._chains, self._lanes
+
+        def vector(chain: int, number: Expr) -> None:
+            with T.vectorized(0, lanes) as lane:
+                item = element(number * lanes + lane)
+                slot = chain * lanes + lane
+                T.buffer_store(self._acc, self._join(self._acc[slot], item), [slot])
+
+        if self._vectors:
+            with loop(self._vectors // chains) as i:
+                for chain in range(chains):
+                    vector(chain, i * chains + chain)
+        for chain in range(self._vectors % chains):
+            vector(chain, tirx.const(self._vectors - self._vectors % chains + chain, "int32"))
+        if self._rest:
+            with loop(self._rest) as i:
+                item = element(self._vectors * lanes + i)
+                T.buffer_store(self._total, self._join(self._total[0], item), [0])
+
+    def result(self) -> Expr:
+        """What all rows fold to."""
+        width = self._chains * self._lanes if self._vectors else 0
+        while width > 1:
+            width //= 2
+            with loop(width, "vectorized") as lane:
+                both = self._join(self._acc[lane], self._acc[width + lane])
+                T.buffer_store(self._acc, both, [lane])
+        if self._vectors:
+            T.buffer_store(self._total, self._join(self._total[0], self._acc[0]), [0])
+        return self._total[0]
 
 
 def identity(kind: str, dtype: str) -> Expr:

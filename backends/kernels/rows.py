@@ -17,15 +17,15 @@ from tvm.tirx.script.builder import ir as T
 
 from graphopt import graph as G
 from graphopt.backends.kernels.base import KernelSource, Request
-from graphopt.backends.kernels.builder import View, each, f32, loop, only_if, unflatten
+from graphopt.backends.kernels.builder import BufferSpec, View, each, f32, loop, only_if, unflatten
 from graphopt.backends.kernels.fusion import Group
-from graphopt.backends.kernels.generic import identity
+from graphopt.backends.kernels.generic import RowFold, identity
 from graphopt.ops import math as M
 from graphopt.ops.opdef import Expr, Index
 
 
-def fold(count: int, lanes: int, kind: str, element: Callable[[Expr], Expr]) -> Any:
-    """Fold `element(0 … count-1)` with vectors; gives a one-element buffer holding the result.
+def fold(count: int, lanes: int, kind: str, element: Callable[[Expr], Expr]) -> Expr:
+    """Fold `element(0 … count-1)` with vectors.
 
     A maximum may miss NaN, which the sum of the exponentials then finds.
     """
@@ -33,22 +33,9 @@ def fold(count: int, lanes: int, kind: str, element: Callable[[Expr], Expr]) -> 
     def join(a: Expr, b: Expr) -> Expr:
         return a + b if kind == "sum" else tirx.Select(a > b, a, b)
 
-    acc = T.alloc_buffer((lanes,), "float32", scope="local")
-    total = T.alloc_buffer((1,), "float32", scope="local")
-    start = identity(kind, "float32")
-    with T.vectorized(0, lanes) as lane:
-        T.buffer_store(acc, start, [lane])
-    T.buffer_store(total, start, [0])
-    full, rest = divmod(count, lanes)
-    if full:
-        with loop(full) as i, T.vectorized(0, lanes) as lane:
-            T.buffer_store(acc, join(acc[lane], element(i * lanes + lane)), [lane])
-    if rest:
-        with loop(rest) as i:
-            T.buffer_store(total, join(total[0], element(full * lanes + i)), [0])
-    for lane in range(lanes):
-        T.buffer_store(total, join(total[0], acc[lane]), [0])
-    return total
+    row = RowFold(count, lanes, identity(kind, "float32"), join)
+    row.add(element)
+    return row.result()
 
 
 def lower_softmax(request: Request) -> KernelSource | None:
@@ -60,6 +47,10 @@ def lower_softmax(request: Request) -> KernelSource | None:
     log = "log_softmax" in str(call.node.target)
     lanes = request.target.isa.block
     flops = 5 * prod(shape)
+
+    # The powers wait where the results go. An epilogue's operand may not lie there: `in_place` is
+    # empty.
+    keeps_powers = not log and request.spec(request.root) == BufferSpec(call.shape, "float32")
 
     def result(x: Expr, top: Expr, factor: Expr) -> Expr:
         return x - top - factor if log else M.exp_nonpositive(x - top) * factor
@@ -77,13 +68,21 @@ def lower_softmax(request: Request) -> KernelSource | None:
             return group.read(source, at(i))
 
         top = fold(shape[axis], lanes, "max", x)
-        # Differences of -inf are NaN: a row with nothing in it is NaN in PyTorch, too.
-        total = fold(shape[axis], lanes, "sum", lambda i: M.exp_nonpositive(x(i) - top[0]))
+
+        def power(i: Expr) -> Expr:
+            # Differences of -inf are NaN: a row with nothing in it is NaN in PyTorch, too.
+            return M.exp_nonpositive(x(i) - top)
+
+        def kept_power(i: Expr) -> Expr:
+            out.store(at(i), power(i))
+            return out.load(at(i))
+
+        total = fold(shape[axis], lanes, "sum", kept_power if keeps_powers else power)
         factor = T.alloc_buffer((1,), "float32", scope="local")
-        T.buffer_store(factor, factor_of(total[0]), [0])
+        T.buffer_store(factor, factor_of(total), [0])
 
         def one(i: Expr) -> None:
-            value = result(x(i), top[0], factor[0])
+            value = out.load(at(i)) * factor[0] if keeps_powers else result(x(i), top, factor[0])
             group.give(request.anchor, lambda _: value)
             out.store(at(i), group.read(request.root, at(i)))
 
@@ -162,10 +161,10 @@ def lower_layer_norm(request: Request) -> KernelSource | None:
 
         total = fold(row, lanes, "sum", x)
         mean = T.alloc_buffer((1,), "float32", scope="local")
-        T.buffer_store(mean, total[0] * f32(1.0 / row), [0])
+        T.buffer_store(mean, total * f32(1.0 / row), [0])
         squares = fold(row, lanes, "sum", lambda i: (x(i) - mean[0]) * (x(i) - mean[0]))
         scale = T.alloc_buffer((1,), "float32", scope="local")
-        spread = squares[0] * f32(1.0 / row) + f32(float(call["eps"]))
+        spread = squares * f32(1.0 / row) + f32(float(call["eps"]))
         T.buffer_store(scale, f32(1.0) / tirx.sqrt(spread), [0])
 
         def one(i: Expr) -> None:

@@ -8,7 +8,7 @@ import torch
 from graphopt import graph as G
 from tests.backends.harness import Builder, aten, check, origins
 
-ROWS = (1, 7, 8, 9, 31)
+ROWS = (1, 7, 8, 9, 31, 64, 165)
 
 
 @pytest.mark.parametrize("op", [aten.softmax.int, aten.log_softmax.int], ids=["softmax", "log"])
@@ -92,6 +92,14 @@ def test_what_follows_is_fused() -> None:
     b.returns(b.op(aten.gelu.default, b.op(aten.add.Tensor, z, b.input(b.random(19)))))
     program = check(b)
     assert len(program.steps) == 2, [step.ops for step in program.steps]
+
+
+def test_softmax_that_ends_in_another_type() -> None:
+    """Its powers cannot wait where the result goes."""
+    b = Builder(6)
+    y = b.op(aten.softmax.int, b.input(b.random(3, 40)), -1)
+    b.returns(b.op(aten.gt.Scalar, y, 0.025))
+    assert origins(check(b)) == ["softmax"]
 
 
 @pytest.mark.parametrize("target", ["x86-64-v2", "arm"])
