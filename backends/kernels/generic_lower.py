@@ -106,9 +106,11 @@ def lower_reduction(request: Request) -> KernelSource:
 
 
 def _runs_along_last_axis(request: Request, reduction: Reduction, source: fx.Node) -> bool:
-    """Whether the reduced axes end with the operand's contiguous one."""
+    """Whether the reduced axes end with the operand's contiguous one.
+
+    An operand that is computed inside has the layout of what it is computed from.
+    """
     shape = G.shape(source)
     if reduction.axes is None or len(shape) - 1 not in reduction.axes:
         return False
-    inside = source in request.nodes
-    return (inside or request.spec(source).layout == PLAIN) and shape[-1] > 1
+    return request.spec(source).layout == PLAIN and shape[-1] > 1

@@ -153,18 +153,21 @@ def _may_join(
         return False
     if kind is Kind.REDUCTION:
         folds_axes = OPS[node.target].name in ("mean", "sum", "amax", "amin", "prod")
-        return folds_axes and layouts[operand] == layouts[_first_read(other, operand)]
+        return folds_axes and layouts[operand] == layouts[_largest_read(other, operand)]
     repeats = prod(G.shape(node)) > prod(G.shape(operand))
     return not repeats or _cheap(other)
 
 
-def _first_read(group: NodeGroup, default: fx.Node) -> fx.Node:
-    inside = set(group.nodes)
-    for member in group.nodes:
-        for operand in tensor_operands(member):
-            if operand not in inside and operand.op != "get_attr":
-                return operand
-    return default
+def _largest_read(group: NodeGroup, default: fx.Node) -> fx.Node:
+    """What the group reads most of, constants left out; the first of several, the default if
+    none."""
+    reads = [
+        operand
+        for member in group.nodes
+        for operand in tensor_operands(member)
+        if operand not in group.nodes and operand.op != "get_attr"
+    ]
+    return max(reads, key=lambda node: prod(G.shape(node)), default=default)
 
 
 def _keeps_last_axis(node: fx.Node) -> bool:

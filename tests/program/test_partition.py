@@ -99,3 +99,14 @@ def test_groups_stay_small() -> None:
         x = b.op(aten.sin.default, x)
     b.returns(x)
     assert max(len(group.nodes) for group in groups(b)) <= 48
+
+
+def test_a_mean_takes_what_is_computed_from_a_tensor_in_its_blocks() -> None:
+    """Where another operand, which is small and plain, comes first, too."""
+    b = Builder()
+    x = b.conv(b.input(b.random(1, 3, 6, 6)), 16, (1, 1))
+    middle = b.input(b.random(1, 1, 1, 1))
+    apart = b.op(aten.sub.Tensor, middle, x)
+    spread = b.op(aten.mean.dim, b.op(aten.mul.Tensor, apart, apart), [2, 3], True)
+    b.returns(spread, b.conv(x, 4, (1, 1)))
+    assert names(b) == [["convolution"], ["sub", "mul", "mean"], ["convolution"]]
