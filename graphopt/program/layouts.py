@@ -79,13 +79,21 @@ def _may_overread(
     """Whether a kernel may read the operand at the padding channels of the last block.
 
     Blocked tensors have them, a single channel is read at 0, and constants of one pixel have zeros
-    behind them; elsewhere the read would leave the buffer.
+    behind them, results in the arena at least memory; elsewhere the read would leave the buffer.
     """
     rank = len(G.shape(node))
     extents = (1,) * (rank - len(G.shape(operand))) + G.shape(operand)
     one_pixel = all(extent == 1 for extent in extents[2:])
     is_constant = operand.op == "get_attr" and extents[0] == 1
-    return layouts[operand] == wanted or extents[1] == 1 or (is_constant and one_pixel)
+    has_more_behind = one_pixel and (is_constant or _in_arena(operand))
+    return layouts[operand] == wanted or extents[1] == 1 or has_more_behind
+
+
+def _in_arena(node: fx.Node) -> bool:
+    """Whether the node's value is not in memory of the caller or a constant."""
+    while node.op == "call_function" and OPS[node.target].kind is Kind.VIEW:
+        node = tensor_operands(node)[0]
+    return node.op == "call_function"
 
 
 Rule = Callable[[fx.Node, dict[fx.Node, str], str, int], bool]
@@ -112,6 +120,11 @@ def _slice(node: fx.Node, layouts: dict[fx.Node, str], wanted: str, block: int) 
         return False
     dim = call["dim"] % len(G.shape(node))
     return dim != 1 or ((call["start"] or 0) % block == 0 and call["step"] == 1)
+
+
+def _index_select(node: fx.Node, layouts: dict[fx.Node, str], wanted: str, block: int) -> bool:
+    """Of rows or columns, as in padding by reflection."""
+    return Call(node)["dim"] % len(G.shape(node)) >= 2 and _follow(node, layouts, wanted, block)
 
 
 def _cat(node: fx.Node, layouts: dict[fx.Node, str], wanted: str, block: int) -> bool:
@@ -146,6 +159,7 @@ _RULES: dict[str, Rule] = {
     "upsample_nearest": _follow,
     "upsample_linear": _follow,
     "slice": _slice,
+    "index_select": _index_select,
     "cat": _cat,
     "clone": _follow,
 }

@@ -39,8 +39,10 @@ def test_what_keeps_blocks() -> None:
         b.op(aten.slice.Tensor, x, 2, 1, 5),
         b.op(aten.cat.default, [x, x], 1),
         b.op(aten.mul.Tensor, x, b.constant(b.random(16, 1, 1))),
+        b.op(aten.index_select.default, x, 3, b.constant(torch.tensor([1, 0, 1, 2, 6]))),
     ]
     losing = [
+        b.op(aten.index_select.default, x, 1, b.constant(torch.tensor([1, 0]))),
         b.op(aten.slice.Tensor, x, 1, 4, 12),
         b.op(aten.permute.default, x, [0, 1, 3, 2]),
         b.op(aten.reshape.default, x, [1, 16, 4, 16]),
@@ -66,6 +68,31 @@ def test_padding_channels_are_never_read_past_a_buffer() -> None:
     b.returns(*(b.conv(node, 4, (1, 1)) for node in (safe, single, past)))
     found = layouts(b)
     assert [found[n.name] for n in (safe, single, past)] == [BLOCKED, BLOCKED, "plain"]
+
+
+def test_of_one_pixel_only_results_have_memory_behind_them() -> None:
+    """What follows them in the arena is read where there are no channels, and used nowhere."""
+    b = Builder()
+    x = b.conv(b.input(b.random(2, 3, 4, 4)), 10, (1, 1))
+    given = b.op(aten.reshape.default, b.input(b.random(2, 10)), [2, 10, 1, 1])
+    made = b.op(aten.reshape.default, b.op(aten.neg.default, b.input(b.random(2, 10))),
+                [2, 10, 1, 1])  # fmt: skip
+    past, safe = (b.op(aten.mul.Tensor, x, operand) for operand in (given, made))
+    b.returns(*(b.conv(node, 4, (1, 1)) for node in (past, safe)))
+    found = layouts(b)
+    assert [found[n.name] for n in (past, safe)] == ["plain", BLOCKED]
+
+
+def test_reflected_borders() -> None:
+    """Padding by reflection picks rows and columns, of blocks with channels that are not there."""
+    b = Builder(4)
+    x = b.conv(b.input(b.random(2, 3, 5, 6)), 11, (1, 1))
+    for axis, extent in ((2, 5), (3, 6)):
+        places = [2, 1, *range(extent), extent - 2]
+        x = b.op(aten.index_select.default, x, axis, b.constant(torch.tensor(places)))
+    b.returns(b.conv(x, 4, (3, 3)))
+    program = check(b)
+    assert [program.buffers[step.writes[0]].layout for step in program.steps][:2] == [BLOCKED] * 2
 
 
 def test_plain_at_once_where_no_reader_wants_blocks() -> None:
