@@ -21,6 +21,7 @@ from graphopt.passes.fuse_layer_norm import FuseLayerNorm
 from graphopt.passes.merge_siblings import MergeSiblings
 from graphopt.passes.read_causal_masks import ReadCausalMasks
 from graphopt.passes.simplify import Simplify
+from graphopt.passes.split_group_norm import SplitGroupNorm
 
 
 def default_pipeline() -> list[Pass]:
@@ -42,6 +43,7 @@ def default_pipeline() -> list[Pass]:
         # The folds leave products of constants, and layers that are equal only now.
         FoldConstants(),
         ReadCausalMasks(),
+        SplitGroupNorm(),
         Simplify(),
         EliminateCommonSubexpressions(),
         EliminateDeadCode(),

@@ -249,6 +249,7 @@ def test_layer_norm(axis, bias):
     ("op", "attributes", "opset", "size"),
     [
         ("InstanceNormalization", {"epsilon": 1e-3}, 18, 6),
+        ("GroupNormalization", {"num_groups": 3}, 18, 3),
         ("GroupNormalization", {"num_groups": 3}, 21, 6),
     ],
 )

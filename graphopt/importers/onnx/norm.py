@@ -61,8 +61,15 @@ def group_norm(ctx: Context, node: OnnxNode) -> Value:
     axes = list(range(2, rank(x) + 1))
     normal = _standardise(ctx, grouped, axes, node.get_float("epsilon", 1e-5))
     if ctx.opset < 21:
-        return reshape_to(ctx, _scale_channels(ctx, normal, scale, bias), sizes)
+        scale, bias = (_for_channels(ctx, value, sizes[1]) for value in (scale, bias))
     return _scale_channels(ctx, reshape_to(ctx, normal, sizes), scale, bias)
+
+
+def _for_channels(ctx: Context, per_group: Value, channels: int) -> Value:
+    """A number for each group, given to each of its channels."""
+    (groups,) = shape(per_group)
+    apart = reshape_to(ctx, per_group, [groups, 1])
+    return reshape_to(ctx, expand_to(ctx, apart, [groups, channels // groups]), [channels])
 
 
 def _standardise(ctx: Context, x: Value, axes: list[int], eps: float) -> Value:
