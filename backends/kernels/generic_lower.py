@@ -18,7 +18,7 @@ from graphopt.backends.kernels.fusion import Group
 from graphopt.ops import OPS
 from graphopt.ops.opdef import Expr, Index, Kind, Reduction
 from graphopt.ops.scalar import TIR_NAMES, to_dtype
-from graphopt.program.layout import PLAIN, physical_shape
+from graphopt.program.layout import PLAIN, block_of, physical_shape
 
 
 def _lanes(request: Request) -> int:
@@ -40,6 +40,18 @@ def lower_map(request: Request) -> KernelSource:
         OPS[node.target].kind is Kind.ELEMENTWISE for node in request.nodes
     )
     count = prod(physical_shape(out.shape, out.layout))
+    # Nothing lies behind the last channel of a plain image where the last block has more of them.
+    past_the_end = (
+        block_of(out.layout) is not None
+        and out.shape[1] % _lanes(request) > 0
+        and not elementwise
+        and any(n.op != "get_attr" and request.spec(n).layout == PLAIN for n in request.reads)
+    )
+
+    def element(group: Group, index: Index) -> Expr:
+        if past_the_end:
+            index = (index[0], tirx.min(index[1], out.shape[1] - 1), *index[2:])
+        return group.read(request.root, index)
 
     def emit(
         task: Expr, views: dict[fx.Node, View], constants: list[Any], target: View, group: Group,
@@ -51,7 +63,7 @@ def lower_map(request: Request) -> KernelSource:
                 task, target.flat(), lambda index: group.read(request.root, index), _lanes(request)
             )
             return
-        generic.emit_map(task, target, group.reader(request.root), _lanes(request))
+        generic.emit_map(task, target, lambda index: element(group, index), _lanes(request))
 
     if flat:
         tasks, origin = generic.flat_tasks(count), "map flat"

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import mmap
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
+from graphopt.backends.codegen import compile_kernels
+from graphopt.backends.lower import lower
+from graphopt.backends.target import get_target
 from graphopt.errors import UnsupportedError
+from graphopt.runtime.artifact import build_artifact
 from tests.backends.harness import Builder, aten, check, compile_and_run, origins
 
 
@@ -208,3 +218,38 @@ def test_what_pads_and_concatenations_guard_is_not_read_elsewhere() -> None:
     program = check(b)
     guarded = [step.ops for step in program.steps if {"pad", "cat"} & set(step.ops)]
     assert all(not {"sigmoid", "exp", "index_select"} & set(ops) for ops in guarded)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="protects memory by mprotect")
+def test_a_plain_image_is_not_read_past_its_end(tmp_path: Path) -> None:
+    """Its last 12 channels, moved to blocks before a depthwise layer; then comes a guarded page."""
+    b = Builder(9)
+    image = b.random(1, 20, 16, 16)
+    last = b.op(aten.slice.Tensor, b.input(image), 1, 8, 20)
+    b.returns(b.conv(last, 12, (3, 3), groups=12))
+    gm = b.finish()
+    target = get_target("host")
+    program = lower(gm, target, "sample")
+    artifact = build_artifact(program, target, compile_kernels(program, target), tmp_path / "out")
+    code = f"""
+        import ctypes, mmap, sys
+        import numpy as np
+        import graphopt
+        pages = {image.numel() * 4 // mmap.PAGESIZE}
+        memory = mmap.mmap(-1, (pages + 16) * mmap.PAGESIZE)
+        array = np.frombuffer(memory, np.float32)
+        mprotect = ctypes.CDLL(None).mprotect
+        mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        end = array.ctypes.data + pages * mmap.PAGESIZE
+        assert mprotect(end, 16 * mmap.PAGESIZE, 0) == 0
+        with graphopt.load(sys.argv[1]) as model:
+            model(array[: {image.numel()}].reshape({tuple(image.shape)}))
+        print("done", flush=True)
+        import os
+        os._exit(0)
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), str(artifact.folder)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.stdout == "done\n", run.stderr
