@@ -152,6 +152,8 @@ class Model:
 
     def bind(self, args: Sequence[Array], named: dict[str, Array]) -> tuple[Array, ...]:
         """The inputs in the model's order, checked, dense and aligned."""
+        if not named and len(args) == len(self.inputs) and all(map(_is_ready, self.inputs, args)):
+            return tuple(args)
         names = [tensor.name for tensor in self.inputs]
         expected = f"{self.name} takes {', '.join(map(repr, self.inputs)) or 'no inputs'}"
         if len(args) > len(names):
@@ -270,6 +272,13 @@ class Model:
             _ctypes.dlclose(self._library._handle)
             raise self.artifact_error(message)
         self._context = context
+        # What `run` takes, made once: building it costs more than a small model takes to run.
+        ins = (_Tensor * len(self.inputs))(*[_Tensor(None, each.nbytes) for each in self.inputs])
+        outs = (_Tensor * len(self.outputs))(*[_Tensor(None, each.nbytes) for each in self.outputs])
+        self._places = (*ins, *outs)  # Share the arrays' memory.
+        self._run_function = self._function("run")
+        self._run_arguments = (context, ins, ctypes.c_size_t(len(ins)),
+                               outs, ctypes.c_size_t(len(outs)))  # fmt: skip
 
     def _function(self, name: str, result: Any = ctypes.c_int) -> Any:
         function = getattr(self._library, f"{self.name}_{name}")
@@ -295,9 +304,28 @@ class Model:
             return self._run(inputs)
 
     def _run(self, inputs: Sequence[Array]) -> tuple[Array, ...]:
-        outputs = tuple(np.empty(tensor.shape, tensor.dtype) for tensor in self.outputs)
-        ins = (_Tensor * len(inputs))(*[_Tensor(a.ctypes.data, a.nbytes) for a in inputs])
-        outs = (_Tensor * len(outputs))(*[_Tensor(a.ctypes.data, a.nbytes) for a in outputs])
-        self._call("run", self._context, ins, ctypes.c_size_t(len(inputs)),
-                   outs, ctypes.c_size_t(len(outputs)))  # fmt: skip
+        if self._context is None:
+            raise self.artifact_error(f"{self.name} is closed")
+        outputs = tuple([np.empty(tensor.shape, tensor.dtype) for tensor in self.outputs])
+        for place, array in zip(self._places, (*inputs, *outputs), strict=True):
+            place.data = _address(array)
+        status = self._run_function(*self._run_arguments)
+        if status:
+            raise self.artifact_error(self._message(self._context, status))
         return outputs
+
+
+def _is_ready(tensor: Tensor, value: Array) -> bool:
+    """Whether the model can read the array as it is."""
+    if type(value) is not np.ndarray or value.shape != tensor.shape or value.dtype != tensor.dtype:
+        return False
+    flags = value.flags
+    return flags.c_contiguous and flags.aligned
+
+
+def _address(array: Array) -> int:
+    """Where a dense array's data lies: what `array.ctypes.data` says, in a tenth of its time."""
+    try:
+        return ctypes.addressof(ctypes.c_char.from_buffer(array))
+    except (TypeError, ValueError):  # It is read-only or empty.
+        return int(array.ctypes.data)

@@ -48,6 +48,8 @@ def test_inputs_by_name_and_in_any_memory_order(host_rows: Artifact) -> None:
         assert_same(model(wide[:, ::2], ids), expected)
         unaligned = np.frombuffer(b"\0" + ids.tobytes(), np.uint8)[1:].view(np.int64)
         assert_same(model(x, unaligned), expected)
+        x.flags.writeable = ids.flags.writeable = False
+        assert_same(model(x, ids), expected)
 
 
 def test_wrong_inputs_are_refused_with_what_is_wrong(host_rows: Artifact) -> None:
