@@ -38,6 +38,7 @@ def _lowering() -> Any:
         s_tir.transform.CanonicalizeLoop(),
         s_tir.transform.LowerOpaqueBlock(),
         tirx.transform.StmtSimplify(),
+        tirx.transform.prim_func_pass(_with_serial_guards, opt_level=0),
         tirx.transform.prim_func_pass(_with_common_lanes, opt_level=0),
         tirx.transform.FlattenBuffer(),
         tirx.transform.NarrowDataType(32),
@@ -49,6 +50,45 @@ def _lowering() -> Any:
         tirx.transform.LowerIntrin(),
     ]
     return tvm.ir.transform.Sequential(passes)
+
+
+def _with_serial_guards(func: Any, *_: Any) -> Any:
+    """Make vectorized loops serial that bind a value guarded lane by lane.
+
+    VectorizeLoop gives a statement with such a guard (`if_then_else`) a serial loop of its own. If
+    it is a binding, whoever reads it behind that loop sees the last lane's value in all lanes.
+    """
+
+    def serialize(loop: Any) -> Any:
+        if loop.kind != tirx.ForKind.VECTORIZED or not _binds_guarded(loop):
+            return loop
+        return tirx.For(loop.loop_var, loop.min, loop.extent, tirx.ForKind.SERIAL, loop.body)
+
+    body = tvm_ffi.structural_map(func.body, [(tirx.For, serialize)], order="pre")
+    return func.with_body(body)
+
+
+def _binds_guarded(loop: Any) -> bool:
+    """Whether the loop binds a value under a guard that may differ from lane to lane."""
+    lanes = [loop.loop_var]
+    found: list[Any] = []
+
+    def varies(condition: Any) -> bool:
+        seen: list[Any] = []
+        tvm_ffi.structural_walk(condition, (tirx.Var, seen.append))
+        return any(var.same_as(lane) for var in seen for lane in lanes)
+
+    def guard(call: Any) -> None:
+        if getattr(call.op, "name", "").endswith(".if_then_else") and varies(call.args[0]):
+            found.append(call)
+
+    def bind(each: Any) -> None:
+        if varies(each.value):
+            lanes.append(each.var)
+            tvm_ffi.structural_walk(each.value, (tvm.ir.Call, guard))
+
+    tvm_ffi.structural_walk(loop.body, (tirx.Bind, bind))
+    return bool(found)
 
 
 def _with_common_lanes(func: Any, *_: Any) -> Any:

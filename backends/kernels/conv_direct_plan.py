@@ -125,11 +125,14 @@ def tests_columns(spec: ConvSpec) -> bool:
     return spec.kernel[1] > MAX_UNROLLED_KERNEL and _pads_columns(spec)
 
 
-def row_segments(spec: ConvSpec, pixels: int) -> tuple[Segment, ...]:
-    """Cut a row into tiles of at most `pixels`, those at the padding apart."""
+def row_segments(spec: ConvSpec, pixels: int, *, unrolled: bool = False) -> tuple[Segment, ...]:
+    """Cut a row into tiles of at most `pixels`, those at the padding apart.
+
+    `unrolled` says that the columns of even a very wide kernel are; else they are tested at run
+    time.
+    """
     cut = split(spec.out_size[1], pixels)
-    # A very wide kernel is tested at run time instead: its columns are not unrolled.
-    padded = _pads_columns(spec) and not tests_columns(spec)
+    padded = _pads_columns(spec) and (unrolled or not tests_columns(spec))
     segments: list[Segment] = []
     start = 0
     for i in range(cut.count):

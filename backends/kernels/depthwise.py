@@ -27,7 +27,10 @@ from graphopt.backends.kernels.conv_direct_plan import Segment, row_segments
 from graphopt.backends.kernels.conv_spec import Accessors, ConvSpec, kernel_rows
 from graphopt.ops.opdef import Expr
 
-_MAX_TAPS = 11
+_MAX_TAPS = 32
+"""Columns of a kernel that are unrolled."""
+_MAX_HELD = 11
+"""Columns of a kernel whose weights are meant to stay in registers."""
 _TASK_STEPS = 1 << 13
 _SHARED_ROWS = 3
 """Input rows that two output rows have to share to be computed together."""
@@ -76,7 +79,10 @@ def plan(spec: ConvSpec, isa: Isa) -> DepthwisePlan | None:
         return None
     width = max(1, isa.block * 4 // isa.vector_bytes)
     left = isa.registers - width * spec.kernel[1]
-    if isa.load_operand:
+    if spec.kernel[1] > _MAX_HELD:
+        # Each weight is loaded for the pixels of a tile.
+        pixels = max(1, min(8, isa.registers // width - 4))
+    elif isa.load_operand:
         # Accumulators, one row of weights, and a spare for each pixel.
         pixels = max(1, min(8, (left - 2) // (width + 1)))
     else:
@@ -84,10 +90,10 @@ def plan(spec: ConvSpec, isa: Isa) -> DepthwisePlan | None:
         # and LLVM loads many at once.
         pixels = max(1, min(10, 2 * (left // width - 3) // (spec.stride[1] + 1)))
     height = _height(spec, isa)
-    if height == 2:
+    if height == 2 and spec.kernel[1] <= _MAX_HELD:
         # Accumulators of two rows, a row of inputs, and a weight for each row.
         pixels = max(1, min(8, (isa.registers // width - 2) // 3))
-    segments = row_segments(spec, pixels)
+    segments = row_segments(spec, pixels, unrolled=True)
     steps = spec.kernel[0] * spec.kernel[1] * spec.out_size[1]
     rows = max(height, min(spec.out_size[0], _TASK_STEPS // steps) // height * height)
     return DepthwisePlan(spec, isa.block, segments, rows, not isa.load_operand, height)

@@ -105,6 +105,36 @@ def test_long_epilogues(
         check(b, tolerance=1e-5)
 
 
+@pytest.mark.parametrize("act", ["relu", "silu"])
+def test_residual_with_padded_channels(act: str) -> None:
+    """BlazeFace's blocks: a plain residual is guarded channel by channel, in the lanes of a vector,
+    and bound before the activation."""
+    b = Builder(4)
+    x, z = b.input(b.random(1, 12, 3, 5)), b.input(b.random(1, 3, 3, 5))
+    residual = b.op(aten.constant_pad_nd.default, x, [0, 0, 0, 0, 0, 4], 0.0)
+    y = b.op(aten.add.Tensor, b.conv(z, 16, (1, 1)), residual)
+    b.returns(b.conv(b.op(getattr(aten, act).default, y), 4, (1, 1)))
+    program = check(b)
+    assert program.steps[0].ops == ("pad", "convolution", "add", act)
+
+
+@pytest.mark.parametrize("target", ["host", "arm"])
+def test_depthwise_with_wide_kernels(target: str) -> None:
+    """Columns in the padding at both ends, in every tile of a narrow image; 1-D as in Conformers,
+    and two rows at a time."""
+    b = Builder(5)
+    line = b.conv(b.input(b.random(2, 3, 45)), 13, (1,))
+    image = b.conv(b.input(b.random(1, 3, 6, 19)), 13, (1, 1))
+    for x, kernel, stride, dilation in (
+        (line, (31,), 1, 1), (line, (12,), 3, 2), (line, (32,), 2, 1), (image, (5, 13), 1, 1),
+    ):  # fmt: skip
+        padding = [k // 2 * dilation for k in kernel]
+        y = b.conv(x, 13, kernel, stride=stride, padding=padding, dilation=dilation, groups=13)
+        b.returns(b.conv(b.op(aten.silu.default, y), 3, (1,) * len(kernel)))
+    program = check(b, target=target, tolerance=4e-6)
+    assert origins(program).count("depthwise") == 4
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("kernel", [3, 5, 7])
 def test_depthwise_uses_its_generator(kernel: int, threads: int) -> None:
