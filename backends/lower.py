@@ -24,6 +24,7 @@ from graphopt.errors import UnsupportedError
 from graphopt.ops import OPS
 from graphopt.ops.opdef import Kind
 from graphopt.ops.scalar import TIR_NAMES
+from graphopt.program.frames import with_padded_frames
 from graphopt.program.ir import ALIGNMENT, Buffer, Kernel, Program, Role, Step
 from graphopt.program.layout import PLAIN, physical_size
 from graphopt.program.layouts import assign_layouts
@@ -276,6 +277,7 @@ def lower(
     """
     check_supported(gm)
     gm = with_own_outputs(gm)
+    with_padded_frames(gm)
     outputs = list(G.outputs(gm))
     state = Lowering(gm, target, name, winograd, choice)
     for node, label in zip(G.placeholders(gm), gm.meta["input_names"], strict=True):

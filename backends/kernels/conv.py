@@ -22,7 +22,14 @@ from graphopt.backends.kernels.base import (
     same_place,
 )
 from graphopt.backends.kernels.builder import View
-from graphopt.backends.kernels.conv_product import Product, deep_products, key_of, products
+from graphopt.backends.kernels.conv_frames import Frames, frames_of
+from graphopt.backends.kernels.conv_product import (
+    Product,
+    deep_products,
+    direct_products,
+    key_of,
+    products,
+)
 from graphopt.backends.kernels.conv_spec import Accessors, ConvSpec
 from graphopt.backends.kernels.fusion import Group
 from graphopt.ops.opdef import Call, Expr, Index
@@ -33,7 +40,7 @@ _ROW_CHANNELS = 3
 
 
 def spec_of(call: Call) -> ConvSpec | None:
-    """The convolution as rows and columns; None for 3-D and transposed ones."""
+    """The convolution as rows and columns; None for 3-D (`conv_frames`) and transposed ones."""
     if call["transposed"]:
         return None
     size, out, weight = call.shape_of("input"), call.shape, call.shape_of("weight")
@@ -96,15 +103,27 @@ class _View:
         one_row: all pixels are one row, as a pointwise convolution allows.
         column: rows and columns are exchanged, as an image of one column is better off.
         window: rows and columns of the windows whose elements are taken for channels.
+        frames: how a 3-D convolution is a 2-D one.
     """
 
     spec: ConvSpec
     one_row: bool = False
     column: bool = False
     window: tuple[int, int] = (1, 1)
+    frames: Frames | None = None
+
+    def is_whole(self, channels: int, block: int) -> bool:
+        """Whether neighbouring channels are neighbours in blocks, those of other frames too."""
+        return self.frames is None or channels % block == 0
+
+    def index(self, rank: int) -> Callable[[Expr, Expr, Expr, Expr], Index]:
+        """The output's index of (n, channel, row, column) of the spec."""
+        return _place(rank, self.column) if self.frames is None else self.frames.index
 
     def place(self, rank: int) -> Callable[[Expr, Expr, Expr, Expr], Index]:
         """The input's index of (n, channel, row, column) of the spec."""
+        if self.frames is not None:
+            return self.frames.inside
         index, (rows, columns) = _place(rank, self.column), self.window
         if self.window == (1, 1):
             return index
@@ -143,29 +162,35 @@ def _patches(spec: ConvSpec) -> _View | None:
 def lower_products(request: Request) -> Alternatives | None:
     """Direct convolution, its deep twin, and Winograd's: the cost model's choice first."""
     call = request.call
-    spec = spec_of(call)
     weight = request.constant(call["weight"])
-    if spec is None or weight is None:
+    frames = frames_of(call, request.target.isa.block)
+    spec = spec_of(call) if frames is None else frames.spec
+    if spec is None or weight is None or (frames is not None and spec.groups > 1):
         return None
-    view = _view_of(request, spec)
+    if frames is None:
+        view = _view_of(request, spec)
+    else:
+        view, weight = _View(spec, frames=frames), frames.weight(weight)
     layouts = [request.spec(node).layout for node in (call["input"], request.root)]
     target = request.target
+    whole = view.is_whole(call.shape_of("input")[1], target.isa.block)
+    plan_all = products if whole else direct_products
     candidates = [
         Candidate(each.origin, each.cycles, partial(_product, request, view, each, weight))
-        for each in products(view.spec, target, plain=layouts[0] == PLAIN)
+        for each in plan_all(view.spec, target, plain=layouts[0] == PLAIN)
     ]
-    patches = _patches(spec) if layouts[0] == PLAIN else None
+    patches = _patches(spec) if layouts[0] == PLAIN and frames is None else None
     if patches is not None:
         flat = weight.reshape(len(weight), -1, 1, 1)
         candidates = [
             Candidate(each.origin, each.cycles, partial(_product, request, patches, each, flat))
             for each in deep_products(patches.spec, target)
         ] + candidates
-    if request.winograd and winograd_plan.supports(spec) and PLAIN not in layouts:
+    if whole and request.winograd and winograd_plan.supports(spec) and PLAIN not in layouts:
         sizes = target.isa, target.l2_bytes
         fewer = [
             Candidate(plan.describe(), winograd_plan.cost(plan, *sizes),
-                      partial(_winograd, request, plan, weight))
+                      partial(_winograd, request, view, plan, weight))
             for plan in winograd_plan.plans(spec, *sizes, target.cores)
         ]  # fmt: skip
         is_faster = fewer[0].cycles < winograd_plan.direct_cost(spec, *sizes)
@@ -184,7 +209,8 @@ def _product(
     block = block_of(request.spec(request.root).layout)
     in_blocks = block is not None and (spec.groups == 1 or spec.ocg % block == 0)
     ahead = view.one_row and request.spec(source).layout != PLAIN and far
-    index, inside = _place(len(call.shape), view.column), view.place(len(call.shape))
+    index, inside = view.index(len(call.shape)), view.place(len(call.shape))
+    whole = view.is_whole(call.shape_of("input")[1], request.target.isa.block)
 
     def emit(
         task: Expr, views: dict[fx.Node, View], constants: list[Any], out: View, group: Group,
@@ -203,7 +229,7 @@ def _product(
             heavy=request.heavy_epilogue,
             fence=request.fence,
             ahead=ahead,
-            vector_in=request.spec(source).layout != PLAIN,
+            vector_in=request.spec(source).layout != PLAIN and whole,
             row=request.target.isa.lanes() if block is None and spec.ocg >= _ROW_CHANNELS else 0,
         )
         product.emit(task, constants[0], scratch, access)
@@ -215,11 +241,12 @@ def _product(
 
 
 def _winograd(
-    request: Request, plan: winograd_plan.WinogradPlan, weight: npt.NDArray[Any]
+    request: Request, view: _View, plan: winograd_plan.WinogradPlan, weight: npt.NDArray[Any]
 ) -> KernelSource:
     """3×3 with fewer products; see `winograd`."""
     call = request.call
     source = call["input"]
+    inside, index = view.place(len(call.shape)), view.index(len(call.shape))
 
     def emit(
         task: Expr, views: dict[fx.Node, View], constants: list[Any], out: View, group: Group,
@@ -227,13 +254,13 @@ def _winograd(
     ) -> None:  # fmt: skip
         x = views[source]
         access = Accessors(
-            x=lambda n, c, h, w: x.load((n, c, h, w)),
-            store=epilogue_store(request, group, out, lambda n, c, h, w: (n, c, h, w)),
+            x=lambda n, c, h, w: x.load(inside(n, c, h, w)),
+            store=epilogue_store(request, group, out, index),
             vector=True,
             padded=True,
             heavy=request.heavy_epilogue,
             fence=request.fence,
-            out=lambda n, c, h, w: out.load((n, c, h, w)),
+            out=lambda n, c, h, w: out.load(index(n, c, h, w)),
         )
         winograd.emit(plan, task, constants[0], scratch, access)
 
@@ -261,10 +288,13 @@ def epilogue_store(request: Request, group: Group, out: View, index: Any) -> Any
 def lower_depthwise(request: Request) -> KernelSource | None:
     """One filter per channel; see `depthwise`. Input and output must be blocked alike."""
     call = request.call
-    spec = spec_of(call)
     weight = request.constant(call["weight"])
+    frames = frames_of(call, request.target.isa.block)
+    spec = spec_of(call) if frames is None else frames.spec
     if spec is None or weight is None or spec.icg != 1 or spec.ocg != 1:
         return None
+    if frames is not None:
+        weight = frames.weight(weight)
     source = call["input"]
     layout = request.spec(source).layout
     if layout == PLAIN or request.spec(request.root).layout != layout:
@@ -277,7 +307,8 @@ def lower_depthwise(request: Request) -> KernelSource | None:
         return None
     packed = depthwise.pack_weights(weight, plan)
 
-    index = _place(rank, column)
+    index = _place(rank, column) if frames is None else frames.index
+    inside = index if frames is None else frames.inside
 
     def emit(
         task: Expr, views: dict[fx.Node, View], constants: list[Any], out: View, group: Group,
@@ -285,7 +316,7 @@ def lower_depthwise(request: Request) -> KernelSource | None:
     ) -> None:  # fmt: skip
         x = views[source]
         access = Accessors(
-            x=lambda n, c, h, w: x.load(index(n, c, h, w)),
+            x=lambda n, c, h, w: x.load(inside(n, c, h, w)),
             store=epilogue_store(request, group, out, index),
             vector=True,
             padded=True,

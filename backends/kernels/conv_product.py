@@ -48,10 +48,7 @@ def products(spec: ConvSpec, target: Target, *, plain: bool = False) -> list[Pro
         plain: whether neighbouring columns of the input are neighbours in memory, and not channels.
     """
     isa = target.isa
-    direct = [
-        _direct(plan, target, plain)
-        for plan in conv_direct_plan.plans(spec, isa, target.l2_bytes, plain=plain)
-    ]
+    direct = direct_products(spec, target, plain=plain)
     plans = conv_deep_plan.plans(spec, isa, target.l2_bytes, plain=plain)
     if not plans:
         return direct
@@ -61,6 +58,14 @@ def products(spec: ConvSpec, target: Target, *, plain: bool = False) -> list[Pro
     if turns and deep[0].cycles > direct[0].cycles:
         return [*direct, *deep]
     return [*deep, *direct]
+
+
+def direct_products(spec: ConvSpec, target: Target, *, plain: bool = False) -> list[Product]:
+    """The ways of `conv_direct`, the best first."""
+    return [
+        _direct(plan, target, plain)
+        for plan in conv_direct_plan.plans(spec, target.isa, target.l2_bytes, plain=plain)
+    ]
 
 
 def deep_products(spec: ConvSpec, target: Target) -> list[Product]:

@@ -75,14 +75,18 @@ class _Phase:
 
 
 def lower_transposed(request: Request) -> KernelSource | None:
-    """Transposed 2-D convolution without dilation; the fold does the rest."""
+    """Transposed 1-D and 2-D convolution without dilation; the fold does the rest."""
     call = request.call
     weight = request.constant(call["weight"])
-    if not call["transposed"] or len(call.shape) != 4 or weight is None:
+    rank = len(call.shape)
+    if not call["transposed"] or rank > 4 or weight is None:
         return None
-    stride, padding, dilation = (_two(call[n]) for n in ("stride", "padding", "dilation"))
+    if rank == 3:
+        weight = np.expand_dims(weight, 2)
+    stride, dilation = (_two(call[n], 1, rank) for n in ("stride", "dilation"))
+    padding, out_size = _two(call["padding"], 0, rank), _two(call.shape[2:], 1, rank)
     rows, columns = (
-        _axes(weight.shape[2 + i], stride[i], padding[i], call.shape[2 + i]) for i in (0, 1)
+        _axes(weight.shape[2 + i], stride[i], padding[i], out_size[i]) for i in (0, 1)
     )
     if dilation != (1, 1) or rows is None or columns is None:
         return None
@@ -104,10 +108,10 @@ def lower_transposed(request: Request) -> KernelSource | None:
         def one(phase: _Phase) -> None:
             def place(n: Expr, c: Expr, h: Expr, w: Expr) -> tuple[Expr, ...]:
                 row, column = h * stride[0] + phase.rows.phase, w * stride[1] + phase.columns.phase
-                return (n, c, row, column)
+                return (n, c, row, column) if rank == 4 else (n, c, column)
 
             access = Accessors(
-                x=lambda n, c, h, w: x.load((n, c, h, w)),
+                x=lambda n, c, h, w: x.load((n, c, h, w) if rank == 4 else (n, c, w)),
                 store=epilogue_store(request, group, out, place),
                 vector=in_blocks,
                 padded=in_blocks and groups == 1,
@@ -132,9 +136,10 @@ def lower_transposed(request: Request) -> KernelSource | None:
                         in_place=same_place(request, taken=[source]))  # fmt: skip
 
 
-def _two(values: Any) -> tuple[int, int]:
+def _two(values: Any, fill: int, rank: int) -> tuple[int, int]:
+    """By rows and columns; a line is an image of one row."""
     values = [int(v) for v in values]
-    return values[0], values[-1]
+    return (fill if rank == 3 else values[0]), values[-1]
 
 
 def _plan(
@@ -142,7 +147,8 @@ def _plan(
 ) -> tuple[list[_Phase], npt.NDArray[np.float32]]:
     """Plan each phase as a convolution with stride 1, and pack its part of the weights."""
     groups = int(call["groups"])
-    n, channels, *size = call.shape_of("input")
+    n, channels, *_ = call.shape_of("input")
+    size = _two(call.shape_of("input")[2:], 1, len(call.shape))
     icg, ocg = channels // groups, weight.shape[1]
     # (groups · icg, ocg, KH, KW) → (groups · ocg, icg, KH, KW)
     grouped = weight.reshape(groups, icg, ocg, *weight.shape[2:])
@@ -153,7 +159,7 @@ def _plan(
     target = request.target
     for rows, columns in pairs:
         spec = ConvSpec(
-            n, groups, icg, ocg, (size[0], size[1]), (rows.size, columns.size),
+            n, groups, icg, ocg, size, (rows.size, columns.size),
             (len(rows.taps), len(columns.taps)), padding=(rows.padding, columns.padding),
         )  # fmt: skip
         plan = conv_direct_plan.plan(spec, target.isa, target.l2_bytes)

@@ -245,10 +245,76 @@ def test_any_transposed(
 
 
 def test_three_dimensions() -> None:
+    """Plain and blocked inputs, frames in the padding, strides and dilations of depth; channels
+    that are no whole blocks; 3×3×3 as Winograd, too."""
     b = Builder(4)
-    x = b.input(b.random(1, 3, 5, 6, 7))
-    b.returns(b.conv(x, 9, (3, 2, 3), stride=[1, 2, 1], padding=[1, 0, 1]))
-    check(b)
+    x = b.input(b.random(2, 3, 5, 6, 7))
+    y = b.conv(x, 16, (3, 3, 3), padding=1)
+    z = b.op(aten.relu.default, b.conv(y, 16, (3, 3, 3), padding=1))
+    b.returns(
+        b.conv(x, 9, (3, 2, 3), stride=[1, 2, 1], padding=[1, 0, 1]),
+        b.conv(z, 9, (3, 2, 3), stride=[2, 2, 1], padding=[1, 0, 1], dilation=[1, 1, 2]),
+        b.conv(z, 13, (2, 1, 1), padding=[2, 0, 0], dilation=[3, 1, 1]),
+        b.conv(b.conv(z, 13, (1, 1, 1)), 5, (3, 3, 1), padding=[1, 1, 0]),
+    )
+    program = check(b, threads=2)
+    assert set(origins(program)) == {"map", "conv_direct", "winograd"}
+
+
+@settings(max_examples=6, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@given(
+    st.tuples(*[st.integers(1, 6)] * 3), st.tuples(*[st.integers(1, 4)] * 3),
+    st.tuples(*[st.integers(1, 3)] * 3), st.tuples(*[st.integers(0, 2)] * 3),
+    st.tuples(*[st.integers(1, 2)] * 3),
+    st.sampled_from([(8, 5, 1), (11, 16, 1), (13, 13, 13), (8, 6, 2)]), st.integers(1, 2),
+)  # fmt: skip
+def test_any_three_dimensions(
+    size: tuple[int, ...], kernel: tuple[int, ...], stride: tuple[int, ...],
+    padding: tuple[int, ...], dilation: tuple[int, ...], channels: tuple[int, int, int], batch: int,
+) -> None:  # fmt: skip
+    """Depthwise, grouped, and in one group; from plain and from blocked inputs."""
+    inside, out, groups = channels
+    reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
+    size = tuple(max(n, r - 2 * p) for n, r, p in zip(size, reach, padding, strict=True))
+    b = Builder(6)
+    x = b.input(b.random(batch, inside, *size))
+    for source in (x, b.conv(x, inside, (1, 1, 1))):
+        y = b.conv(source, out, kernel, stride=list(stride), padding=list(padding),
+                   dilation=list(dilation), groups=groups)  # fmt: skip
+        b.returns(b.conv(b.op(aten.silu.default, y), 3, (1, 1, 1)))
+    check(b, tolerance=4e-6)
+
+
+def test_depthwise_in_three_dimensions() -> None:
+    """X3D's layers; the last of several tasks is short."""
+    b = Builder(7)
+    x = b.conv(b.input(b.random(1, 3, 4, 21, 40)), 13, (1, 1, 1))
+    for kernel, stride in (((3, 3, 3), [1, 2, 2]), ((5, 1, 1), [1, 1, 1]), ((1, 5, 5), [1, 1, 2])):
+        padding = [k // 2 for k in kernel]
+        y = b.conv(x, 13, kernel, stride=stride, padding=padding, groups=13)
+        b.returns(b.conv(b.op(aten.relu.default, y), 3, (1, 1, 1)))
+    program = check(b, threads=2, tolerance=4e-6)
+    assert origins(program).count("depthwise") == 3
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "output_padding", "groups"),
+    [(8, 2, 3, 0, 1), (4, 2, 1, 0, 2), (3, 3, 0, 2, 1), (2, 3, 0, 0, 1)],
+)
+def test_transposed_in_one_dimension(
+    kernel: int, stride: int, padding: int, output_padding: int, groups: int
+) -> None:
+    """A kernel shorter than the stride leaves outputs that meet no input: the fold's."""
+    b = Builder(8)
+    x = b.conv(b.input(b.random(2, 3, 19)), 12, (1,))
+    weight = b.constant(b.random(12, 10 // groups, kernel) / 5)
+    y = b.op(
+        aten.convolution.default, x, weight, b.constant(b.random(10)), [stride], [padding], [1],
+        True, [output_padding], groups,
+    )  # fmt: skip
+    b.returns(b.op(aten.tanh.default, y), b.conv(y, 3, (1,)))
+    program = check(b, tolerance=4e-6)
+    assert origins(program)[1] == ("transposed" if kernel >= stride else "conv_fold")
 
 
 def test_long_kernels_run_along_the_only_long_axis() -> None:

@@ -36,6 +36,17 @@ def test_giant_constants_are_not_evaluated():
     assert sum(buffer.numel() for buffer in gm.buffers()) < 100
 
 
+def test_constants_of_no_dimension():
+    """Transformers' masks, exported for batches: ConstantOfShape of an empty shape is a scalar."""
+    fill = helper.make_tensor("value", 1, [1], [2.5])
+    nodes = [
+        helper.make_node("ConstantOfShape", ["none"], ["c"], value=fill),
+        helper.make_node("Add", ["x", "c"], ["y"]),
+    ]
+    none = np.zeros(0, np.int64)
+    assert_same(graph_model(nodes, {"x": floats(3)}, {"none": none}, ["y"], 17), {"x": floats(3)})
+
+
 @pytest.mark.parametrize("condition", [True, False])
 def test_if_with_a_constant_condition(condition):
     def branch(op):

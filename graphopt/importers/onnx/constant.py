@@ -43,7 +43,7 @@ def constant_of_shape(ctx: Context, node: OnnxNode) -> Value:
     """One value over a shape."""
     sizes = integers(node.value(0), "sizes")
     fill: Any = node.attributes.get("value")
-    value = torch.zeros(1) if fill is None else to_torch(fill.values).reshape(1)
+    value = torch.zeros(()) if fill is None else to_torch(fill.values).reshape(())
     if math.prod(sizes) > LARGEST_EVALUATION:
         return ctx.op(aten.expand.default, ctx.node(value), sizes)
     return value.expand(sizes).contiguous()

@@ -1,0 +1,112 @@
+"""3-D convolutions as 2-D ones: output frames are images, the kernel's frames more channels.
+
+::
+
+    out[n, o, d, h, w] = Σ over kd, c, kh, kw of x[n, c, d·stride + kd·dilation, …] · weight
+                       = a 2-D convolution of image n·D + d with the channels (kd, c)
+
+Nothing is copied; only the places that are read differ. Depthwise ones take the rows of all the
+kernel's frames for one window instead. The depth of the input is padded already
+(`program/frames.py`), and so are the rows of depthwise ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from graphopt.backends.kernels.conv_spec import ConvSpec
+from graphopt.ops.opdef import Call, Expr, Index
+from graphopt.program.frames import is_depthwise
+
+Place = Callable[[Expr, Expr, Expr, Expr], Index]
+"""`(n, channel, row, column)` of the spec → index of the tensor."""
+
+
+@dataclass(frozen=True)
+class Frames:
+    """A 3-D convolution as a 2-D one.
+
+    Attributes:
+        spec: the 2-D convolution.
+        inside: where it finds its inputs.
+        index: where it stores its outputs.
+        weight: its weights, from those of the 3-D one.
+    """
+
+    spec: ConvSpec
+    inside: Place
+    index: Place
+    weight: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
+
+
+def frames_of(call: Call, block: int) -> Frames | None:
+    """The convolution over frames; None where it is transposed or in groups, or pads its depth."""
+    if len(call.shape) != 5 or call["transposed"] or call["padding"][0]:
+        return None
+    batch, channels, *size = call.shape_of("input")
+    _, out, depth, *out_size = call.shape
+    kernel, stride, padding, dilation = (
+        [int(v) for v in values]
+        for values in (call.shape_of("weight")[2:], call["stride"], call["padding"],
+                       call["dilation"])
+    )  # fmt: skip
+    if is_depthwise(call) and out == channels:
+        return None if padding[1] else _depthwise(
+            batch, channels, (size[0], size[1], size[2]), (depth, out_size[0], out_size[1]),
+            kernel, stride, padding[2], dilation,
+        )  # fmt: skip
+    if int(call["groups"]) > 1:
+        return None
+    spec = ConvSpec(
+        batch * depth, 1, kernel[0] * channels, out, (size[1], size[2]),
+        (out_size[0], out_size[1]), (kernel[1], kernel[2]), (stride[1], stride[2]),
+        (padding[1], padding[2]), (dilation[1], dilation[2]),
+    )  # fmt: skip
+
+    def inside(n: Expr, c: Expr, h: Expr, w: Expr) -> Index:
+        if kernel[0] == 1:
+            return (n // depth, c, n % depth * stride[0], h, w)
+        if channels % block:
+            frame, channel = c // channels, c % channels
+        else:
+            # In whole blocks, so that a vector of channels stays one.
+            blocks = channels // block
+            frame, channel = c // block // blocks, c // block % blocks * block + c % block
+        return (n // depth, channel, n % depth * stride[0] + frame * dilation[0], h, w)
+
+    def index(n: Expr, c: Expr, h: Expr, w: Expr) -> Index:
+        return (n // depth, c, n % depth, h, w)
+
+    def weight(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        return np.moveaxis(values, 2, 1).reshape(out, -1, *kernel[1:])
+
+    return Frames(spec, inside, index, weight)
+
+
+def _depthwise(
+    batch: int, channels: int, size: tuple[int, int, int], out: tuple[int, int, int],
+    kernel: list[int], stride: list[int], padding: int, dilation: list[int],
+) -> Frames:  # fmt: skip
+    """Windows of all rows of all the kernel's frames: `kernel` rows apart, and never overlapping."""
+    rows = kernel[0] * kernel[1]
+    spec = ConvSpec(
+        batch, channels, 1, 1, (out[0] * out[1] * rows, size[2]), (out[0] * out[1], out[2]),
+        (rows, kernel[2]), (rows, stride[2]), (0, padding), (1, dilation[2]),
+    )  # fmt: skip
+
+    def inside(n: Expr, c: Expr, h: Expr, w: Expr) -> Index:
+        window, row = h // rows, h % rows
+        frame = window // out[1] * stride[0] + row // kernel[1] * dilation[0]
+        return (n, c, frame, window % out[1] * stride[1] + row % kernel[1] * dilation[1], w)
+
+    def index(n: Expr, c: Expr, h: Expr, w: Expr) -> Index:
+        return (n, c, h // out[1], h % out[1], w)
+
+    def weight(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        return values.reshape(channels, 1, rows, kernel[2])
+
+    return Frames(spec, inside, index, weight)
