@@ -91,7 +91,7 @@ def _depthwise(
     batch: int, channels: int, size: tuple[int, int, int], out: tuple[int, int, int],
     kernel: list[int], stride: list[int], padding: int, dilation: list[int],
 ) -> Frames:  # fmt: skip
-    """Windows of all rows of all the kernel's frames: `kernel` rows apart, and never overlapping."""
+    """Windows of all rows of all the kernel's frames, side by side."""
     rows = kernel[0] * kernel[1]
     spec = ConvSpec(
         batch, channels, 1, 1, (out[0] * out[1] * rows, size[2]), (out[0] * out[1], out[2]),

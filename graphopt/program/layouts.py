@@ -64,7 +64,7 @@ def _keeps_blocks(node: fx.Node, layouts: dict[fx.Node, str], wanted: str, block
     if rule is not None and rule(node, layouts, wanted, block):
         return True
     if op.kind in (Kind.INJECTIVE, Kind.VIEW):
-        return _feeds_depthwise(node)
+        return _feeds_depthwise(node) or _is_moved_image(node)
     if op.kind is Kind.ELEMENTWISE:
         operands = tensor_operands(node)
         alike = any(layouts[x] == wanted and G.shape(x) == G.shape(node) for x in operands)
@@ -145,6 +145,34 @@ def _feeds_depthwise(node: fx.Node) -> bool:
         for user in node.users
     )
 
+
+def _is_moved_image(node: fx.Node) -> bool:
+    """What becomes an image by moving every element anyway, as a transformer's tokens do.
+
+    Such a move reads and writes vectors of channels if it makes blocks, and what reads them is
+    faster, too.
+    """
+    source = node
+    if OPS[node.target].name == "reshape":
+        source = tensor_operands(node)[0]
+        if source.op != "call_function" or len(source.users) > 1:
+            return False
+    if len(G.shape(node)) != 4 or OPS[source.target].name != "permute":
+        return False
+    moved = Call(source)["self"]
+    last = Call(source)["dims"].index(len(G.shape(source)) - 1)
+    # The channels have to be the tokens' last axis.
+    if last != 1 or G.shape(source)[1] != G.shape(node)[1] or G.shape(moved)[-1] == 1:
+        return False
+    return any(
+        user.op == "call_function" and OPS[user.target].name in _IMAGE_READERS
+        for user in node.users
+    )
+
+
+_IMAGE_READERS = (
+    "cat", "convolution", "max_pool2d", "avg_pool2d", "upsample_nearest", "upsample_linear",
+)  # fmt: skip
 
 _RULES: dict[str, Rule] = {
     "convolution": _always,

@@ -61,7 +61,7 @@ def partition(
 ) -> list[NodeGroup]:
     """Cut the graph into groups, in an order in which they can run.
 
-    A node joins the group of an operand where nothing else reads that operand. Elementwise nodes
+    A node joins the group of an operand where nothing outside reads that operand. Elementwise nodes
     join anchors, reductions and maps; injective nodes join maps; maps join the elementwise,
     injective or axis-folding node that alone reads them, if nothing is computed twice. What is in
     `unmoved` (see `pieces.py`) needs no kernel.
@@ -71,8 +71,16 @@ def partition(
     group_of: dict[fx.Node, NodeGroup] = {}
     groups: dict[int, NodeGroup] = {}
 
-    def private(node: fx.Node) -> bool:
-        return len(node.users) == 1 and node not in returned
+    def private(node: fx.Node, group: NodeGroup) -> bool:
+        """Whether only the group reads it: one node, or several that all work at its place."""
+        if node in returned:
+            return False
+        return len(node.users) == 1 or all(
+            effective_kind(reader, layouts) is Kind.ELEMENTWISE
+            and G.shape(reader) == G.shape(node)
+            and reader in group.nodes
+            for reader in _made_of(node, group)
+        )
 
     def merge(group: NodeGroup, other: NodeGroup) -> None:
         group.nodes = sorted([*group.nodes, *other.nodes], key=order.__getitem__)
@@ -80,6 +88,20 @@ def partition(
         for node in other.nodes:
             group_of[node] = group
         groups.pop(id(other))
+
+    def join(node: fx.Node, kind: Kind, group: NodeGroup, operand: fx.Node) -> bool:
+        """Take in the group that computes `operand`, if it can be; says whether it was."""
+        other = group_of.get(operand)
+        if other is None or other is group or not private(operand, group):
+            return False
+        together = [*group.nodes, *other.nodes]
+        heavy = sum(OPS[member.target].heavy for member in together)
+        if len(together) > _MAX_NODES or heavy > _MAX_HEAVY:
+            return False
+        if other.root is not operand or not _may_join(node, kind, group, other, operand, layouts):
+            return False
+        merge(group, other)
+        return True
 
     for node in gm.graph.nodes:
         if node.op != "call_function":
@@ -93,15 +115,10 @@ def partition(
             continue
         operands = list(dict.fromkeys(tensor_operands(node)))
         for operand in sorted(operands, key=lambda n: _rank(group_of.get(n)), reverse=True):
-            other = group_of.get(operand)
-            if other is None or other is group or not private(operand):
-                continue
-            together = [*group.nodes, *other.nodes]
-            heavy = sum(OPS[member.target].heavy for member in together)
-            if len(together) > _MAX_NODES or heavy > _MAX_HEAVY:
-                continue
-            if other.root is operand and _may_join(node, kind, group, other, operand, layouts):
-                merge(group, other)
+            join(node, kind, group, operand)
+        # What several nodes read (PReLU's input) is only theirs when they all have joined.
+        while any(join(node, kind, group, operand) for operand in _read_again(group)):
+            pass
     return sorted(groups.values(), key=lambda g: order[g.root])
 
 
@@ -115,6 +132,25 @@ def effective_kind(node: fx.Node, layouts: Mapping[fx.Node, str]) -> Kind:
     if stays or same_bytes(G.shape(source), layouts[source], G.shape(node), layouts[node]):
         return Kind.VIEW
     return Kind.INJECTIVE
+
+
+def _made_of(node: fx.Node, group: NodeGroup) -> list[fx.Node]:
+    """All that is computed from the node, up to the group's root and no further."""
+    found: dict[fx.Node, None] = {}
+    stack = [node]
+    while stack:
+        for user in stack.pop().users:
+            if user not in found:
+                found[user] = None
+                stack += [user] if user in group.nodes and user is not group.root else []
+    return list(found)
+
+
+def _read_again(group: NodeGroup) -> list[fx.Node]:
+    """Values outside that several nodes of the group read, the last first."""
+    inside = set(group.nodes)
+    read = [x for member in reversed(group.nodes) for x in tensor_operands(member)]
+    return [x for x in dict.fromkeys(read) if x not in inside and len(x.users) > 1]
 
 
 def _rank(group: NodeGroup | None) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import fx
 
 from graphopt import graph as G
 from graphopt.program.layouts import assign_layouts
-from tests.backends.harness import Builder, aten, check, origins
+from tests.backends.harness import Builder, aten, check, compile_and_run, origins
 
 BLOCK = 8
 BLOCKED = "NCHW8c"
@@ -136,3 +137,28 @@ def test_moved_before_a_depthwise_convolution() -> None:
         y = b.conv(node, channels, (3, 3), groups=channels, padding=1)
         b.returns(b.conv(y, 4, (1, 1)))
     assert origins(check(b)).count("depthwise") == 3
+
+
+def test_tokens_that_become_images_are_blocks() -> None:
+    """Transformers' decoders: tokens, as images, upsampled, concatenated and convolved."""
+    b = Builder(3)
+
+    def image(size: int) -> fx.Node:
+        tokens = b.input(b.random(1, size * size, 16))
+        turned = b.op(aten.permute.default, tokens, [0, 2, 1])
+        return b.op(aten.reshape.default, turned, [1, 16, size, size])
+
+    parts = [image(6), b.op(aten.upsample_bilinear2d.vec, image(3), [6, 6], False, None)]
+    both = b.op(aten.cat.default, parts, 1)
+    # Nobody convolves this one, and of this the rows are not channels.
+    alone = b.op(aten.relu.default, image(4))
+    rows = b.op(aten.permute.default, b.input(b.random(1, 3, 16, 5)), [0, 2, 1, 3])
+    b.returns(b.conv(both, 4, (1, 1)), alone, b.conv(rows, 4, (1, 1)))
+    gm = b.finish()
+    found = assign_layouts(gm, BLOCK)
+    assert [found[node] for node in (*parts, both)] == [BLOCKED] * 3
+    assert [found[node] for node in (alone, rows)] == ["plain"] * 2
+    program, actual = compile_and_run(gm, b.inputs)
+    for ours, theirs in zip(actual, gm(*b.inputs), strict=True):
+        torch.testing.assert_close(torch.from_numpy(ours), theirs, rtol=0, atol=4e-6)
+    assert "cat" not in {op for step in program.steps for op in step.ops}

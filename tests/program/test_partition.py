@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch
+from torch import fx
+
 from graphopt import graph as G
 from graphopt.ops import OPS
 from graphopt.program.layouts import assign_layouts
 from graphopt.program.partition import NodeGroup, partition, tensor_operands
-from tests.backends.harness import Builder, aten
+from tests.backends.harness import Builder, aten, check
 
 
 def groups(b: Builder) -> list[NodeGroup]:
@@ -55,6 +58,55 @@ def test_a_value_read_twice_or_returned_is_stored() -> None:
     z = b.op(aten.sqrt.default, y)
     b.returns(x, z, b.op(aten.permute.default, x, [1, 0]))
     assert names(b) == [["exp"], ["neg", "sqrt"], ["permute"]]
+
+
+def prelu(b: Builder, x: fx.Node, slopes: torch.Tensor) -> fx.Node:
+    """As `canonicalize` writes it."""
+    negative = b.op(aten.lt.Scalar, x, 0)
+    return b.op(aten.where.self, negative, b.op(aten.mul.Tensor, x, b.constant(slopes)), x)
+
+
+def test_a_value_read_twice_in_one_group_is_not_stored() -> None:
+    """PReLU reads its input three times; what moves elements reads them elsewhere."""
+    b = Builder()
+    x = b.conv(b.input(b.random(1, 3, 6, 6)), 8, (1, 1))
+    e = b.op(aten.exp.default, b.input(b.random(4, 4)))
+    both = b.op(aten.add.Tensor, b.op(aten.neg.default, e), b.op(aten.sqrt.default, e))
+    f = b.op(aten.exp.default, b.input(b.random(4, 4)))
+    turned = b.op(aten.add.Tensor, f, b.op(aten.permute.default, f, [1, 0]))
+    y = b.conv(b.input(b.random(1, 3, 6, 6)), 8, (1, 1))
+    across = b.op(aten.permute.default, b.op(aten.neg.default, y), [0, 1, 3, 2])
+    later = b.op(aten.add.Tensor, b.op(aten.relu.default, y), across)
+    b.returns(prelu(b, x, b.random(8, 1, 1)), both, turned, later)
+    assert sorted(names(b)) == [
+        ["convolution"],
+        ["convolution", "lt", "mul", "where"],
+        ["exp"],
+        ["exp", "neg", "sqrt", "add"],
+        ["neg", "permute", "relu", "add"],
+        ["permute", "add"],
+    ]
+
+
+def test_values_read_twice_after_anchors() -> None:
+    """After convolutions with whole and ragged blocks, Winograd, pooling, a product and softmax."""
+    b = Builder(9)
+    x = b.conv(b.input(b.random(1, 3, 9, 9)), 16, (1, 1))
+    for y in (
+        b.conv(x, 16, (3, 3), padding=1),
+        b.conv(x, 12, (3, 3), padding=1),
+        b.conv(x, 16, (3, 3), groups=16),
+        b.op(aten.max_pool2d.default, x, [2, 2]),
+    ):
+        act = prelu(b, y, b.random(G.shape(y)[1], 1, 1))
+        b.returns(b.conv(act, 5, (3, 3)), b.op(aten.neg.default, act))
+    weight = b.constant(b.random(12, 16))
+    rows = b.op(aten.linear.default, b.input(b.random(5, 16)), weight, None)
+    b.returns(prelu(b, rows, b.random(12)))
+    soft = b.op(aten.softmax.int, b.input(b.random(5, 12)), 1)
+    b.returns(b.op(aten.mul.Tensor, soft, b.op(aten.neg.default, soft)))
+    program = check(b, tolerance=4e-6)
+    assert not [step.ops for step in program.steps if step.ops[0] == "lt"]
 
 
 def test_nothing_expensive_is_computed_twice() -> None:
