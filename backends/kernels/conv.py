@@ -278,7 +278,7 @@ def epilogue_store(request: Request, group: Group, out: View, index: Any) -> Any
     def store(n: Expr, c: Expr, h: Expr, w: Expr, value: Expr) -> None:
         place = index(n, c, h, w)
         if bias is not None:
-            value = value + group.read(bias, (c,))
+            value = value + group.read(bias, (place[1],))
         group.give(request.anchor, lambda _: value)
         out.store(place, group.read(request.root, place))
 

@@ -3,7 +3,8 @@
 With stride s, output rows q·s + r for one r see only the kernel rows congruent to r + padding
 modulo s: seen alone, they are a convolution with stride 1 by a part of the kernel, turned round
 (Dumoulin and Visin, "A guide to convolution arithmetic for deep learning", 2016). The phases write
-to interleaved places; their tasks follow one another.
+to interleaved places; their tasks follow one another. Where there are few output channels, all
+phases can be the channels of one convolution instead.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from graphopt.backends.kernels.conv_direct_plan import ConvPlan
 from graphopt.backends.kernels.conv_spec import Accessors, ConvSpec
 from graphopt.backends.kernels.fusion import Group
 from graphopt.ops.opdef import Call, Expr
-from graphopt.program.layout import block_of
+from graphopt.program.layout import PLAIN, block_of
 
 _MOST_PHASES = 16
 """Each has code of its own."""
@@ -85,9 +86,7 @@ def lower_transposed(request: Request) -> KernelSource | None:
         weight = np.expand_dims(weight, 2)
     stride, dilation = (_two(call[n], 1, rank) for n in ("stride", "dilation"))
     padding, out_size = _two(call["padding"], 0, rank), _two(call.shape[2:], 1, rank)
-    rows, columns = (
-        _axes(weight.shape[2 + i], stride[i], padding[i], out_size[i]) for i in (0, 1)
-    )
+    rows, columns = (_axes(weight.shape[2 + i], stride[i], padding[i], out_size[i]) for i in (0, 1))
     if dilation != (1, 1) or rows is None or columns is None:
         return None
     pairs = list(product(rows, columns))
@@ -95,6 +94,13 @@ def lower_transposed(request: Request) -> KernelSource | None:
         return None
     phases, packed = _plan(request, call, weight, pairs)
     source: fx.Node = call["input"]
+    flops = sum(phase.plan.spec.flops for phase in phases)
+    joint = _joint(request, call, weight, rows, columns)
+    if joint is not None:
+        isa = request.target.isa
+        apart = sum(conv_direct_plan.cost(phase.plan, isa) for phase in phases)
+        if conv_direct_plan.cost(joint[0], isa) < apart:
+            return _lower_joint(request, *joint, (len(rows), len(columns)), flops)
     block = block_of(request.spec(request.root).layout)
     groups = int(call["groups"])
     in_blocks = block is not None and (groups == 1 or (call.shape[1] // groups) % block == 0)
@@ -129,7 +135,6 @@ def lower_transposed(request: Request) -> KernelSource | None:
         _branch(task, phases, one)
 
     tasks = phases[-1].first_task + phases[-1].plan.tasks
-    flops = sum(phase.plan.spec.flops for phase in phases)
     reads = request.reads_without(call["weight"])
     origin = phases[0].plan.describe().replace("conv_direct", "transposed")
     return KernelSource(origin, tasks, flops, emit, reads, (packed,),
@@ -169,6 +174,74 @@ def _plan(
         tasks += plan.tasks
         weights += packed[-1].size
     return phases, np.concatenate(packed)
+
+
+def _joint(
+    request: Request, call: Call, weight: npt.NDArray[Any], rows: list[_Axis], columns: list[_Axis]
+) -> tuple[ConvPlan, npt.NDArray[np.float32]] | None:
+    """All phases as one convolution to (phase, channel), the taps that one lacks zero.
+
+    For few output channels, which would leave most of a vector empty: a pixel shuffle's. None where
+    phases have different sizes, and for groups and blocks.
+    """
+    even = all(axis.size == axes[0].size for axes in (rows, columns) for axis in axes)
+    if not even or int(call["groups"]) > 1 or request.spec(request.root).layout != PLAIN:
+        return None
+    n, icg, *_ = call.shape_of("input")
+    ocg = weight.shape[1]
+    first = [min(-axis.padding for axis in axes) for axes in (rows, columns)]
+    last = [max(len(axis.taps) - axis.padding for axis in axes) for axes in (rows, columns)]
+    kernel = last[0] - first[0], last[1] - first[1]
+    count = len(rows) * len(columns)
+    spec = ConvSpec(
+        n, 1, icg, ocg * count, _two(call.shape_of("input")[2:], 1, len(call.shape)),
+        (rows[0].size, columns[0].size), kernel, padding=(-first[0], -first[1]),
+    )  # fmt: skip
+    spread = np.zeros((count, ocg, icg, *kernel), np.float32)
+    turned = np.moveaxis(weight, 0, 1)
+    for part, (row, column) in zip(spread, product(rows, columns), strict=True):
+        top, left = -row.padding - first[0], -column.padding - first[1]
+        part[:, :, top : top + len(row.taps), left : left + len(column.taps)] = turned[
+            :, :, list(row.taps)
+        ][..., list(column.taps)]
+    plan = conv_direct_plan.plan(spec, request.target.isa, request.target.l2_bytes)
+    return plan, spread.reshape(count * ocg, icg, *kernel)
+
+
+def _lower_joint(
+    request: Request, plan: ConvPlan, weight: npt.NDArray[np.float32], stride: tuple[int, int],
+    flops: int,
+) -> KernelSource:  # fmt: skip
+    """Make the kernel of what `_joint` planned."""
+    call = request.call
+    source: fx.Node = call["input"]
+    rank, channels = len(call.shape), call.shape[1]
+
+    def place(n: Expr, c: Expr, h: Expr, w: Expr) -> tuple[Expr, ...]:
+        phase, channel = c // channels, c % channels
+        row, column = h * stride[0] + phase // stride[1], w * stride[1] + phase % stride[1]
+        return (n, channel, row, column) if rank == 4 else (n, channel, column)
+
+    def emit(
+        task: Expr, views: dict[fx.Node, View], constants: list[Any], out: View, group: Group,
+        scratch: Any,
+    ) -> None:  # fmt: skip
+        x = views[source]
+        access = Accessors(
+            x=lambda n, c, h, w: x.load((n, c, h, w) if rank == 4 else (n, c, w)),
+            store=epilogue_store(request, group, out, place),
+            vector=False,
+            padded=False,
+            heavy=request.heavy_epilogue,
+            fence=request.fence,
+        )
+        conv_direct.emit(plan, task, constants[0], access)
+
+    reads = request.reads_without(call["weight"])
+    origin = plan.describe().replace("conv_direct", "transposed") + " joint"
+    packed = conv_direct.pack_weights(weight, plan)
+    return KernelSource(origin, plan.tasks, flops, emit, reads, (packed,),
+                        in_place=same_place(request, taken=[source]))  # fmt: skip
 
 
 def _branch(task: Expr, phases: list[_Phase], one: Any) -> None:

@@ -244,6 +244,30 @@ def test_any_transposed(
     check(b, tolerance=4e-6)
 
 
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "out"),
+    [((9, 9), [3, 3], 4, 1), ((2, 2), [2, 2], 0, 3), ((6, 3), [2, 3], 2, 2), ((9,), [3], 4, 1)],
+)
+def test_transposed_to_few_channels(
+    kernel: tuple[int, ...], stride: list[int], padding: int, out: int
+) -> None:
+    """FSRCNN's last layer, and others: the phases are channels of one convolution."""
+    b = Builder(11)
+    rank = len(kernel)
+    pads = [padding if k > 3 else 0 for k in kernel]
+    extra = [(2 * p - k) % s for k, s, p in zip(kernel, stride, pads, strict=True)]
+    x = b.conv(b.input(b.random(2, 3, *(7, 10)[:rank])), 12, (1,) * rank)
+    weight = b.constant(b.random(12, out, *kernel) / 9)
+    y = b.op(
+        aten.convolution.default, x, weight, b.constant(b.random(out)), stride, pads, [1] * rank,
+        True, extra, 1,
+    )  # fmt: skip
+    residual = b.input(b.random(*G.shape(y)))
+    b.returns(b.op(aten.tanh.default, b.op(aten.add.Tensor, y, residual)))
+    program = check(b, tolerance=4e-6, threads=2)
+    assert program.steps[-1].kernel.origin.endswith("joint")
+
+
 def test_three_dimensions() -> None:
     """Plain and blocked inputs, frames in the padding, strides and dilations of depth; channels
     that are no whole blocks; 3×3×3 as Winograd, too."""
