@@ -285,6 +285,16 @@ def test_three_dimensions() -> None:
     assert set(origins(program)) == {"map", "conv_direct", "winograd"}
 
 
+def test_deep_products_in_three_dimensions() -> None:
+    """Many weights for few pixels: parts of several frames' channels are gathered."""
+    b = Builder(10)
+    x = b.conv(b.input(b.random(1, 3, 4, 10, 9)), 128, (1, 1, 1))
+    y = b.op(aten.relu.default, b.conv(x, 256, (3, 3, 3), stride=2, padding=1))
+    b.returns(b.conv(y, 72, (2, 2, 2), padding=[1, 0, 0]), b.conv(y, 256, (1, 1, 1), stride=2))
+    program = check(b, tolerance=4e-6)
+    assert "conv_deep" in origins(program)
+
+
 @settings(max_examples=6, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(
     st.tuples(*[st.integers(1, 6)] * 3), st.tuples(*[st.integers(1, 4)] * 3),
