@@ -11,7 +11,7 @@ from torch import fx
 from graphopt import graph as g
 from graphopt.passes import _affine
 from graphopt.passes._affine import Affine, Layer
-from graphopt.passes._nodes import aten, calls, is_float, only_user, rank, same_type
+from graphopt.passes._nodes import aten, bind, calls, is_float, only_user, rank, same_type
 from graphopt.passes.base import APPROX, Context, NoteBook, Pass, PassResult
 from graphopt.passes.rewrite import Editor, Refusal, Rule, apply_rules
 
@@ -42,6 +42,7 @@ class FoldAffine(Pass):
 
         convolution(x, w, b) ─ mul(c)        →   convolution(x, w·c, b·c)
         sub(mean) ─ div(std) ─ linear        →   linear
+        mul(c) ─ pad ─ convolution           →   pad ─ convolution
         mul(a) ─ add(b) ─ mul(c)             →   mul(a·c) ─ add(b·c)
         matmul(x, w) ─ add(b)                →   linear(x, wᵀ, b)
 
@@ -79,6 +80,13 @@ class FoldAffine(Pass):
                 _into_layer_after,
                 self._check_after,
             ),
+            Rule(
+                "move multiplication behind zero padding",
+                (aten.constant_pad_nd.default,),
+                _padded_product,
+                _behind_padding,
+                self._check_moved,
+            ),
             Rule("merge affine chain", _STEPS, _shorter_chain, _merged),
         )
         apply_rules(graph, rules, notes)
@@ -104,6 +112,19 @@ class FoldAffine(Pass):
             _affine.readers_problem(step.node, into.node)
             or _affine.weight_problem(gm, into, self.copy_limit)
             or _affine.border_problem(into, affine)
+            or _affine.overflow_problem(gm, into, affine, after=False)
+        )
+
+    def _check_moved(
+        self, gm: fx.GraphModule, match: tuple[fx.Node, Step, Layer]
+    ) -> Refusal | None:
+        pad, step, into = match
+        affine = _per_channel(step, into.in_axis)
+        if affine is None:
+            return _not_per_channel(step)
+        return (
+            _affine.readers_problem(step.node, pad)
+            or _affine.weight_problem(gm, into, self.copy_limit)
             or _affine.overflow_problem(gm, into, affine, after=False)
         )
 
@@ -174,6 +195,30 @@ def _precedes_layer(gm: fx.GraphModule, node: fx.Node) -> tuple[Layer, Step] | N
     if into is None or step is None or g.constant(gm, into.x) is not None:
         return None
     return into, step
+
+
+def _padded_product(gm: fx.GraphModule, pad: fx.Node) -> tuple[fx.Node, Step, Layer] | None:
+    """A product by a constant, and the convolution that alone reads it, behind zero padding.
+
+    There the constant may go into the weights, and the padding into the convolution after it.
+    """
+    step = _step(gm, pad.args[0])
+    a = bind(pad)
+    pads_channels = any(a["pad"][2 * (rank(pad) - 2) :])
+    if step is None or _shifts(step) or a["value"] != 0 or pads_channels:
+        return None
+    reader = only_user(pad)
+    while reader is not None and calls(reader, aten.constant_pad_nd.default):
+        reader = only_user(reader)
+    into = None if reader is None else _affine.layer(reader)
+    return None if into is None or into.is_linear else (pad, step, into)
+
+
+def _behind_padding(ed: Editor, match: tuple[fx.Node, Step, Layer]) -> fx.Node:
+    pad, step, _ = match
+    padded = ed.call(pad.target, step.x, *pad.args[1:], origin=g.merge_origins((pad,)))
+    origin = g.merge_origins((step.node,))
+    return ed.call(aten.mul.Tensor, padded, _operand(ed, step, step.scale, origin), origin=origin)
 
 
 def _into_layer_before(ed: Editor, match: tuple[Layer, Step]) -> fx.Node:

@@ -19,6 +19,7 @@ from graphopt.passes.fold_affine import FoldAffine
 BEFORE = "fold affine into the layer before"
 AFTER = "fold affine into the layer after"
 CHAIN = "merge affine chain"
+MOVED = "move multiplication behind zero padding"
 MATMUL = "turn matmul into linear"
 
 Step = Callable[[Build, fx.Node], fx.Node]
@@ -96,6 +97,40 @@ def test_chain_before_a_layer_folds_whole() -> None:
     gm = b.done(conv(b, x, b.const(draw(4, 3, 3, 3)), stride=2))
     run(gm, FoldAffine())
     assert ops(gm) == ["convolution"]
+
+
+@pytest.mark.parametrize("step", SCALING)
+def test_products_fold_through_zero_padding(step: str) -> None:
+    b = Build()
+    x = STEPS[step](b, b.input(2, 3, 6, 5), 1)
+    x = b.call(aten.constant_pad_nd.default, x, [1, 2, 0, 1], 0.0)
+    x = b.call(aten.constant_pad_nd.default, x, [1, 1], 0.0)
+    gm = b.done(conv(b, x, b.const(draw(4, 3, 3, 3)), padding=1))
+    assert changes(run(gm, FoldAffine())) == {MOVED: 2, AFTER: 1}
+    assert ops(gm) == ["constant_pad_nd", "constant_pad_nd", "convolution"]
+
+
+@pytest.mark.parametrize("why", ["value", "channels", "shift", "rows", "reader", "no layer"])
+def test_products_stay_before_padding(why: str) -> None:
+    b = Build()
+    x: Any = b.input(1, 3, 6, 5)
+    step = aten.add.Tensor if why == "shift" else aten.mul.Tensor
+    factor = b.const(draw(6, 1)) if why == "rows" else channel(b, x, 1)
+    y = b.call(step, x, factor)
+    sizes = [1, 1, 1, 1, 1, 0] if why == "channels" else [1, 1, 1, 1]
+    z = b.call(aten.constant_pad_nd.default, y, sizes, 1.0 if why == "value" else 0.0)
+    if why == "no layer":
+        out = b.call(aten.relu.default, z)
+    else:
+        out = conv(b, z, b.const(draw(4, g.shape(z)[1], 3, 3)))
+    gm = b.done(out, *([b.call(aten.relu.default, y)] if why == "reader" else []))
+    result = run(gm, FoldAffine())
+    assert not result.changed
+    reasons = {
+        "rows": "the constant of shape [6, 1] varies not only from channel to channel",
+        "reader": "the result of mul_tensor is also read by relu_default",
+    }
+    assert refusals(result) == ({MOVED: reasons[why]} if why in reasons else {})
 
 
 def test_what_does_nothing_goes() -> None:

@@ -85,6 +85,7 @@ def cook(b: Build, x: fx.Node, recipe: list[str]) -> fx.Node:
 
 @settings(max_examples=25, deadline=None)
 @example(["pad", "norm", "grouped"], 1)
+@example(["scale", "pad", "scale", "pad", "conv"], 1)
 @given(recipes(), st.integers(1, 2))
 def test_random_models(recipe: list[str], batch: int) -> None:
     b = Build()
