@@ -216,7 +216,9 @@ def _padded_product(gm: fx.GraphModule, pad: fx.Node) -> tuple[fx.Node, Step, La
 
 def _behind_padding(ed: Editor, match: tuple[fx.Node, Step, Layer]) -> fx.Node:
     pad, step, _ = match
-    padded = ed.call(pad.target, step.x, *pad.args[1:], origin=g.merge_origins((pad,)))
+    padded = ed.call(
+        aten.constant_pad_nd.default, step.x, *pad.args[1:], origin=g.merge_origins((pad,))
+    )
     origin = g.merge_origins((step.node,))
     return ed.call(aten.mul.Tensor, padded, _operand(ed, step, step.scale, origin), origin=origin)
 
