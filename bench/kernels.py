@@ -96,7 +96,7 @@ def own_flops(layer: Layer, name: str, flops: int, target: Target) -> int:
     if name not in WINOGRAD or spec is None:
         return flops
     plans = winograd_plan.plans(spec, target.isa, target.l2_bytes, target.cores)
-    return next(plan.operations for plan in plans if plan.m == WINOGRAD[name])
+    return next(spec.groups * plan.operations for plan in plans if plan.m == WINOGRAD[name])
 
 
 def prepare(layer: Layer, choice: str | None, target: Target, folder: Path) -> Candidate:

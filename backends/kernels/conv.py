@@ -8,8 +8,11 @@ from functools import partial
 from math import prod
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 from torch import fx
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.kernels import depthwise, winograd, winograd_plan
 from graphopt.backends.kernels.base import (
@@ -32,6 +35,7 @@ from graphopt.backends.kernels.conv_product import (
 )
 from graphopt.backends.kernels.conv_spec import Accessors, ConvSpec
 from graphopt.backends.kernels.fusion import Group
+from graphopt.ops.math import share
 from graphopt.ops.opdef import Call, Expr, Index
 from graphopt.program.layout import PLAIN, block_of
 
@@ -186,11 +190,13 @@ def lower_products(request: Request) -> Alternatives | None:
             Candidate(each.origin, each.cycles, partial(_product, request, patches, each, flat))
             for each in deep_products(patches.spec, target)
         ] + candidates
-    if whole and request.winograd and winograd_plan.supports(spec) and PLAIN not in layouts:
+    if whole and request.winograd and PLAIN not in layouts and winograd_plan.supports(
+        spec, target.isa.block
+    ):  # fmt: skip
         sizes = target.isa, target.l2_bytes
         fewer = [
-            Candidate(plan.describe(), winograd_plan.cost(plan, *sizes),
-                      partial(_winograd, request, view, plan, weight))
+            Candidate(plan.describe(), spec.groups * winograd_plan.cost(plan, *sizes),
+                      partial(_winograd, request, view, plan, weight, spec.groups))
             for plan in winograd_plan.plans(spec, *sizes, target.cores)
         ]  # fmt: skip
         is_faster = fewer[0].cycles < winograd_plan.direct_cost(spec, *sizes)
@@ -241,9 +247,10 @@ def _product(
 
 
 def _winograd(
-    request: Request, view: _View, plan: winograd_plan.WinogradPlan, weight: npt.NDArray[Any]
-) -> KernelSource:
-    """3×3 with fewer products; see `winograd`."""
+    request: Request, view: _View, plan: winograd_plan.WinogradPlan, weight: npt.NDArray[Any],
+    groups: int,
+) -> KernelSource:  # fmt: skip
+    """3×3 with fewer products; see `winograd`. The plan is that of one group."""
     call = request.call
     source = call["input"]
     inside, index = view.place(len(call.shape)), view.index(len(call.shape))
@@ -252,22 +259,32 @@ def _winograd(
         task: Expr, views: dict[fx.Node, View], constants: list[Any], out: View, group: Group,
         scratch: Any,
     ) -> None:  # fmt: skip
-        x = views[source]
+        x, weights, number = views[source], constants[0], 0
+        if groups > 1:
+            number, task = share(task // plan.tasks), tirx.max(share(task % plan.tasks), 0)
+            weights = T.decl_buffer(
+                (size,), "float32", data=weights.data, elem_offset=number * size
+            )
+        first_in, first_out = number * plan.spec.icg, number * plan.spec.ocg
+        store = epilogue_store(request, group, out, index)
         access = Accessors(
-            x=lambda n, c, h, w: x.load(inside(n, c, h, w)),
-            store=epilogue_store(request, group, out, index),
+            x=lambda n, c, h, w: x.load(inside(n, first_in + c, h, w)),
+            store=lambda n, c, h, w, value: store(n, first_out + c, h, w, value),
             vector=True,
             padded=True,
             heavy=request.heavy_epilogue,
             fence=request.fence,
-            out=lambda n, c, h, w: out.load(index(n, c, h, w)),
+            out=lambda n, c, h, w: out.load(index(n, first_out + c, h, w)),
         )
-        winograd.emit(plan, task, constants[0], scratch, access)
+        winograd.emit(plan, task, weights, scratch, access)
 
     reads = request.reads_without(call["weight"])
-    packed = winograd.pack_weights(weight, plan)
-    return KernelSource(plan.describe(), plan.tasks, plan.spec.flops, emit, reads, (packed,),
-                        scratch=plan.scratch,
+    packed = np.concatenate(
+        [winograd.pack_weights(each, plan) for each in np.split(weight, groups)]
+    )
+    size = packed.size // groups
+    return KernelSource(plan.describe(), groups * plan.tasks, groups * plan.spec.flops, emit, reads,
+                        (packed,), scratch=plan.scratch,
                         in_place=same_place(request, taken=[source]))  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from graphopt.backends.isa.base import Isa
@@ -215,20 +215,21 @@ class WinogradPlan:
         return f"winograd F({self.m}×{self.m},3×3) {self.width}×{self.pixels}"
 
 
-def supports(spec: ConvSpec) -> bool:
-    """3×3, stride 1, not dilated, in one group."""
+def supports(spec: ConvSpec, block: int) -> bool:
+    """3×3, stride 1, not dilated; the channels of a group are whole blocks."""
     return (
         spec.kernel == (KERNEL, KERNEL)
         and spec.stride == (1, 1)
         and spec.dilation == (1, 1)
-        and spec.groups == 1
+        and (spec.groups == 1 or spec.icg % block == spec.ocg % block == 0)
     )
 
 
 def plans(spec: ConvSpec, isa: Isa, l2_bytes: int, cores: int = 4) -> list[WinogradPlan]:
     """For each tile size the plan with the least estimated time that leaves threads an even share.
 
-    The best is first: of those of nearly the least time the one with the smallest weights.
+    Of a convolution in groups, they are plans of one group. The best is first: of those of nearly
+    the least time the one with the smallest weights.
 
     Args:
         spec: the convolution.
@@ -237,6 +238,7 @@ def plans(spec: ConvSpec, isa: Isa, l2_bytes: int, cores: int = 4) -> list[Winog
         cores: the most threads to share the work evenly among. Groups of output channels are tasks
             of their own then, each of which transforms the inputs again.
     """
+    cores, spec = -(-cores // spec.groups), replace(spec, groups=1)
 
     def weigh(conv: WinogradPlan) -> float:
         shares = [-(-conv.tasks // n) * n / conv.tasks for n in (1, 2, 4) if n <= max(1, cores)]
@@ -340,4 +342,4 @@ def direct_cost(spec: ConvSpec, isa: Isa, l2_bytes: int) -> float:
     products = pixels * depth * channels / (2 * isa.lanes() * _DIRECT_EFFICIENCY)
     tile_bytes = depth * 2 * block * 4
     passes = 1 if tile_bytes <= l2_bytes // 2 else spec.out_size[0]
-    return max(products, depth * channels * 4 * passes / _FAR_BYTES)
+    return spec.groups * max(products, depth * channels * 4 * passes / _FAR_BYTES)

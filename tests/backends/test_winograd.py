@@ -194,3 +194,32 @@ def test_lanes_of_four_channels() -> None:
             b.returns(b.conv(b.op(aten.relu.default, y), 4, (1, 1)))
         program = check(b, tolerance=2e-5, target="arm")
         assert origins(program).count("winograd") == 3
+
+
+@pytest.mark.parametrize(
+    ("target", "threads", "groups", "wide", "out"),
+    [
+        ("host", 2, 2, 16, 24), ("host", 1, 3, 8, 8), ("arm", 1, 2, 16, 8),
+        ("x86-64-v2", 1, 2, 8, 16),
+    ],
+)  # fmt: skip
+def test_groups(
+    target: str, threads: int, groups: int, wide: int, out: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each group of whole blocks on its own, between other layers, with bias and epilogue."""
+    monkeypatch.setattr(winograd, "direct_cost", lambda *_: float("inf"))
+    b = Builder(groups)
+    x = b.op(aten.relu.default, b.conv(b.input(b.random(2, 3, 13, 9)), groups * wide, (1, 1)))
+    y = b.op(aten.silu.default, b.conv(x, groups * out, (3, 3), padding=1, groups=groups))
+    b.returns(b.conv(b.op(aten.add.Tensor, y, y), 4, (1, 1)))
+    program = check(b, target=target, threads=threads, tolerance=2e-5)
+    assert origins(program)[1] == "winograd"
+    assert program.steps[1].tasks % groups == 0
+
+
+def test_groups_of_no_whole_blocks_are_direct(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "direct_cost", lambda *_: float("inf"))
+    b = Builder(0)
+    x = b.conv(b.input(b.random(1, 3, 9, 9)), 24, (1, 1))
+    b.returns(b.conv(b.conv(x, 24, (3, 3), padding=1, groups=2), 4, (1, 1)))
+    assert origins(check(b, tolerance=1e-5))[1] == "conv_direct"
