@@ -60,7 +60,7 @@ class Lowering:
         self.target = target
         self.name = name
         self.winograd = winograd
-        self.layouts = assign_layouts(gm, target.isa.block)
+        self.layouts = assign_layouts(gm, target.isa.block, winograd=winograd)
         self.pieces = plan_pieces(gm, self.layouts)
         self.buffers: dict[str, Buffer] = {}
         self.home: dict[fx.Node, str] = {}

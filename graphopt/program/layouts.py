@@ -12,20 +12,28 @@ from graphopt.ops.opdef import Call, Kind
 from graphopt.program.layout import PLAIN, blocked, same_bytes
 from graphopt.program.partition import is_float, tensor_operands
 
+_WIDE = 32
+"""Channels from which Winograd's convolution saves more than moving its input and output costs."""
 
-def assign_layouts(gm: fx.GraphModule, block: int) -> dict[fx.Node, str]:
+
+def assign_layouts(gm: fx.GraphModule, block: int, *, winograd: bool = True) -> dict[fx.Node, str]:
     """A layout for every node that has a value.
 
     Convolutions make blocked tensors; elementwise ops, pooling, resizing, padding and channel
     concatenation on whole blocks keep them; everything else is plain. A tensor that no blocked op
-    reads is made plain at once, so that nobody converts it afterwards.
+    reads is made plain at once, so that nobody converts it afterwards, unless its kernel only works
+    on blocks, as those of depthwise and of Winograd's convolutions do. What these read becomes
+    blocks, too.
     """
     layouts: dict[fx.Node, str] = {}
     wanted = blocked(block)
     for node in gm.graph.nodes:
         if node.op == "output":
             continue
-        keeps = node.op == "call_function" and _keeps_blocks(node, layouts, wanted, block)
+        keeps = node.op == "call_function" and (
+            _keeps_blocks(node, layouts, wanted, block)
+            or (winograd and _feeds_winograd(node, block))
+        )
         layouts[node] = wanted if keeps else PLAIN
     returned = set(G.outputs(gm))
     for node in reversed(list(gm.graph.nodes)):
@@ -33,8 +41,8 @@ def assign_layouts(gm: fx.GraphModule, block: int) -> dict[fx.Node, str]:
             continue
         if same_bytes(G.shape(node), wanted, G.shape(node), PLAIN) and node not in returned:
             continue
-        if node not in returned and _is_depthwise(node):
-            # Only blocks have a fast kernel; whoever wants it plain moves less than that saves.
+        if node not in returned and _has_only_blocks(node, block if winograd else 0):
+            # Whoever wants it plain moves less than the fast kernel saves.
             continue
         if node in returned or not any(_likes_blocks(user, layouts, wanted) for user in node.users):
             layouts[node] = PLAIN
@@ -47,6 +55,47 @@ def _likes_blocks(user: fx.Node, layouts: dict[fx.Node, str], wanted: str) -> bo
         return False
     folds = OPS[user.target].kind is Kind.REDUCTION or OPS[user.target].name == "convolution"
     return folds or layouts[user] == wanted
+
+
+def _has_only_blocks(node: fx.Node, block: int) -> bool:
+    """Whether the fast kernel that computes it, and what is fused behind, only works on blocks.
+
+    `block` is 0 where Winograd's is refused.
+    """
+    if node.op != "call_function":
+        return False
+    if OPS[node.target].kind is Kind.ELEMENTWISE:
+        return any(
+            len(x.users) == 1 and G.shape(x) == G.shape(node) and _has_only_blocks(x, block)
+            for x in tensor_operands(node)
+        )
+    return _is_depthwise(node) or (block > 0 and _is_winograd(node, block))
+
+
+def _is_winograd(node: fx.Node, block: int) -> bool:
+    """Whether it is for Winograd's kernel, and that so much faster that copies pay."""
+    if OPS[node.target].name != "convolution":
+        return False
+    call = Call(node)
+    out, depth, *kernel = call.shape_of("weight")
+    channels = min(depth, out // call["groups"])
+    return (
+        kernel == [3, 3]
+        and not call["transposed"]
+        and all(n == 1 for n in (*call["stride"], *call["dilation"]))
+        and channels >= _WIDE
+        and channels % block == 0
+    )
+
+
+def _feeds_winograd(node: fx.Node, block: int) -> bool:
+    """Whether a convolution for Winograd's kernel reads it."""
+    if OPS[node.target].kind is Kind.ANCHOR or len(G.shape(node)) != 4 or not is_float(node):
+        return False
+    return any(
+        user.op == "call_function" and _is_winograd(user, block) and Call(user)["input"] is node
+        for user in node.users
+    )
 
 
 def _is_depthwise(node: fx.Node) -> bool:

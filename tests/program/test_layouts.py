@@ -162,3 +162,51 @@ def test_tokens_that_become_images_are_blocks() -> None:
     for ours, theirs in zip(actual, gm(*b.inputs), strict=True):
         torch.testing.assert_close(torch.from_numpy(ours), theirs, rtol=0, atol=4e-6)
     assert "cat" not in {op for step in program.steps for op in step.ops}
+
+
+def _selective(b: Builder, channels: int) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """A sum over branches, the convolution of it, and a view of that in groups of channels."""
+    x = b.op(aten.relu.default, b.conv(b.input(b.random(2, 3, 9, 11)), 2 * channels, (1, 1)))
+    branches = b.op(aten.reshape.default, x, [2, 2, channels, 9, 11])
+    whole = b.op(aten.sum.dim_IntList, branches, [1])
+    y = b.op(aten.silu.default, b.conv(whole, 2 * channels, (3, 3), padding=1))
+    again = b.op(aten.reshape.default, y, [2, 2, channels, 9, 11])
+    b.returns(b.op(aten.sum.dim_IntList, again, [1]))
+    return whole, y, again
+
+
+def test_what_winograd_reads_and_makes_is_in_blocks() -> None:
+    """Whoever wants it plain moves less than Winograd saves."""
+    b = Builder()
+    made = _selective(b, 32)
+    returned = b.conv(b.input(b.random(1, 64, 9, 9)), 64, (3, 3))
+    b.returns(returned)
+    gm = b.finish()
+    found = assign_layouts(gm, BLOCK)
+    assert [found[node] for node in made] == [BLOCKED, BLOCKED, "plain"]
+    assert found[returned] == "plain"
+    assert {found[node] for node in returned.args[:1]} == {"plain"}
+    without = assign_layouts(gm, BLOCK, winograd=False)
+    assert [without[node] for node in made] == ["plain", "plain", "plain"]
+
+
+def test_few_channels_are_not_moved_for_winograd() -> None:
+    b = Builder()
+    whole, y, _ = _selective(b, 16)
+    strided = b.input(b.random(1, 64, 9, 9))
+    shifted = b.op(aten.permute.default, strided, [0, 1, 3, 2])
+    b.returns(b.conv(b.conv(shifted, 64, (3, 3), stride=2), 4, (1, 1)))
+    found = layouts(b)
+    assert [found[node.name] for node in (whole, y, shifted)] == ["plain"] * 3
+
+
+def test_winograd_between_plain_tensors() -> None:
+    b = Builder(1)
+    _selective(b, 32)
+    program = check(b, tolerance=2e-5)
+    assert "winograd" in origins(program)
+    c = Builder(2)
+    x = c.op(aten.permute.default, c.input(c.random(1, 64, 13, 12)), [0, 1, 3, 2])
+    y = c.op(aten.relu.default, c.conv(x, 96, (3, 3), padding=1, groups=2))
+    c.returns(c.op(aten.permute.default, y, [0, 2, 3, 1]))
+    assert "winograd" in origins(check(c, tolerance=2e-5))
