@@ -209,7 +209,8 @@ def _is_moved_image(node: fx.Node) -> bool:
     if len(G.shape(node)) != 4 or OPS[source.target].name != "permute":
         return False
     moved = Call(source)["self"]
-    last = Call(source)["dims"].index(len(G.shape(source)) - 1)
+    rank = len(G.shape(source))
+    last = [dim % rank for dim in Call(source)["dims"]].index(rank - 1)
     # The channels have to be the tokens' last axis.
     if last != 1 or G.shape(source)[1] != G.shape(node)[1] or G.shape(moved)[-1] == 1:
         return False
