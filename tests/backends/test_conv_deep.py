@@ -39,7 +39,7 @@ def test_any_convolution(
         patch.setattr(conv_deep_plan, "_PANEL_BYTES", panel)
         patch.setattr(conv_deep_plan, "_MOST_PIXELS", most_pixels)
         patch.setattr(conv_direct_plan, "cost", lambda *_, **__: float("inf"))
-        patch.setattr(winograd_plan, "supports", lambda _: False)
+        patch.setattr(winograd_plan, "supports", lambda *_: False)
         b = Builder(height)
         x = b.conv(b.input(b.random(batch, 3, height, width)), channels, (1, 1))
         y = b.conv(x, out, kernel, stride=list(stride), padding=padding, dilation=dilation)

@@ -202,8 +202,8 @@ def test_every_candidate_computes_the_same(tmp_path: Path, threads: int) -> None
 def model() -> tuple[torch.nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     layers = torch.nn.Sequential(
-        torch.nn.Conv2d(8, 32, 1), torch.nn.Conv2d(32, 32, 3, padding=1), torch.nn.Flatten(),
-        torch.nn.Linear(32 * 36, 5),
+        torch.nn.Conv2d(8, 32, 1), torch.nn.Conv2d(32, 16, 3, padding=1), torch.nn.Flatten(),
+        torch.nn.Linear(16 * 36, 5),
     )  # fmt: skip
     return layers.eval(), torch.randn(1, 8, 6, 6)
 
