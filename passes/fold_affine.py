@@ -105,26 +105,25 @@ class FoldAffine(Pass):
 
     def _check_after(self, gm: fx.GraphModule, match: tuple[Layer, Step]) -> Refusal | None:
         into, step = match
-        affine = _per_channel(step, into.in_axis)
-        if affine is None:
-            return _not_per_channel(step)
-        return (
-            _affine.readers_problem(step.node, into.node)
-            or _affine.weight_problem(gm, into, self.copy_limit)
-            or _affine.border_problem(into, affine)
-            or _affine.overflow_problem(gm, into, affine, after=False)
-        )
+        return self._check_into(gm, into, step, into.node)
 
     def _check_moved(
         self, gm: fx.GraphModule, match: tuple[fx.Node, Step, Layer]
     ) -> Refusal | None:
         pad, step, into = match
+        return self._check_into(gm, into, step, pad)
+
+    def _check_into(
+        self, gm: fx.GraphModule, into: Layer, step: Step, reader: fx.Node
+    ) -> Refusal | None:
+        """Why the layer's weights cannot take a step before it, which `reader` alone must read."""
         affine = _per_channel(step, into.in_axis)
         if affine is None:
             return _not_per_channel(step)
         return (
-            _affine.readers_problem(step.node, pad)
+            _affine.readers_problem(step.node, reader)
             or _affine.weight_problem(gm, into, self.copy_limit)
+            or _affine.border_problem(into, affine)
             or _affine.overflow_problem(gm, into, affine, after=False)
         )
 

@@ -88,14 +88,22 @@ def _is_winograd(node: fx.Node, block: int) -> bool:
     )
 
 
+def _convolutions_of(node: fx.Node) -> list[fx.Node]:
+    """The convolutions whose input it is."""
+    return [
+        user
+        for user in node.users
+        if user.op == "call_function"
+        and OPS[user.target].name == "convolution"
+        and Call(user)["input"] is node
+    ]
+
+
 def _feeds_winograd(node: fx.Node, block: int) -> bool:
     """Whether a convolution for Winograd's kernel reads it."""
     if OPS[node.target].kind is Kind.ANCHOR or len(G.shape(node)) != 4 or not is_float(node):
         return False
-    return any(
-        user.op == "call_function" and _is_winograd(user, block) and Call(user)["input"] is node
-        for user in node.users
-    )
+    return any(_is_winograd(user, block) for user in _convolutions_of(node))
 
 
 def _is_depthwise(node: fx.Node) -> bool:
@@ -189,10 +197,7 @@ def _feeds_depthwise(node: fx.Node) -> bool:
 
     A channel shuffle, say, or a slice of a plain tensor.
     """
-    return len(G.shape(node)) == 4 and any(
-        user.op == "call_function" and _is_depthwise(user) and Call(user)["input"] is node
-        for user in node.users
-    )
+    return len(G.shape(node)) == 4 and any(map(_is_depthwise, _convolutions_of(node)))
 
 
 def _is_moved_image(node: fx.Node) -> bool:

@@ -185,7 +185,6 @@ def test_what_winograd_reads_and_makes_is_in_blocks() -> None:
     found = assign_layouts(gm, BLOCK)
     assert [found[node] for node in made] == [BLOCKED, BLOCKED, "plain"]
     assert found[returned] == "plain"
-    assert {found[node] for node in returned.args[:1]} == {"plain"}
     without = assign_layouts(gm, BLOCK, winograd=False)
     assert [without[node] for node in made] == ["plain", "plain", "plain"]
 
