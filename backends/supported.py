@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+
+import torch
 from torch import fx
 
 from graphopt import graph as G
@@ -44,6 +47,9 @@ def _problem(node: fx.Node) -> str | None:
         # A constant is its reader's affair.
         strange = node.op == "placeholder" and _strange_dtype(node)
         return f"input {node.name}: {strange}" if strange else None
+    if node.target is operator.getitem:
+        # One of several results, which no operator of graphopt has: its call is named.
+        return None
     op = OPS.get(node.target)
     if op is None:
         return f"{_op_name(node)}: no such operator in graphopt ({_place(node)})"
@@ -60,11 +66,17 @@ def _strange_dtype(node: fx.Node) -> str | None:
 
 def _emptiness(node: fx.Node) -> str | None:
     """The node's tensor, if it is the first in its line to have no elements."""
-    if G.value(node).numel() > 0 or any(G.value(x).numel() == 0 for x in node.all_input_nodes):
+    if not _has_no_elements(node) or any(map(_has_no_elements, node.all_input_nodes)):
         return None
     what = {"placeholder": "input", "get_attr": "constant"}.get(node.op, "result of")
     name = _op_name(node) if node.op == "call_function" else node.name
     return f"{what} {name} has shape {G.shape(node)} ({_place(node)})"
+
+
+def _has_no_elements(node: fx.Node) -> bool:
+    # Calls that give several tensors are not compiled, and reported for that.
+    value = node.meta["val"]
+    return isinstance(value, torch.Tensor) and value.numel() == 0
 
 
 def _place(node: fx.Node) -> str:

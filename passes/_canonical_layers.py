@@ -52,16 +52,43 @@ def _named_padding(
 
 
 def _batch_norm(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
-    mean, var = a["running_mean"], a["running_var"]
-    if a.get("training") or mean is None or var is None:
-        return Refusal("batch normalization in training mode: it depends on the whole batch")
-    if node.target is aten.batch_norm.default and not a["cudnn_enabled"]:
+    mean, var = a.get("running_mean"), a.get("running_var")
+    is_single = node.target is aten.batch_norm.default
+    if mean is None or var is None:
+        norm = _normalized_batch(ed, a)
+        return norm if is_single else [norm, None, None]
+    if a.get("training"):
+        return Refusal("batch normalization in training mode: it changes its running statistics")
+    if is_single and not a["cudnn_enabled"]:
         return None
     norm = ed.call(
         aten.batch_norm.default,
         *(a["input"], a["weight"], a["bias"], mean, var, False, a["momentum"], a["eps"], False),
     )
-    return norm if node.target is aten.batch_norm.default else [norm, None, None]
+    return norm if is_single else [norm, None, None]
+
+
+def _normalized_batch(ed: Editor, a: Arguments) -> fx.Node:
+    """x less its mean, over the root of its variance, per channel of the whole batch.
+
+    So layers with standardized weights normalize them in each run (Qiao et al., "Micro-Batch
+    Training with Batch-Channel Normalization and Weight Standardization", 2019).
+    """
+    x = a["input"]
+    axes = [axis for axis in range(rank(x)) if axis != 1]
+    centred = ed.call(aten.sub.Tensor, x, ed.call(aten.mean.dim, x, axes, True))
+    variance = ed.call(aten.mean.dim, ed.call(aten.mul.Tensor, centred, centred), axes, True)
+    deviation = ed.call(aten.sqrt.default, ed.call(aten.add.Tensor, variance, a["eps"]))
+    return _scaled(ed, ed.call(aten.div.Tensor, centred, deviation), a)
+
+
+def _scaled(ed: Editor, out: fx.Node, a: Arguments) -> fx.Node:
+    """What a normalization's weight and bias, if it has them, make of each channel."""
+    if a["weight"] is not None:
+        out = ed.call(aten.mul.Tensor, out, per_channel(ed, a["weight"], rank(out)))
+    if a["bias"] is not None:
+        out = ed.call(aten.add.Tensor, out, per_channel(ed, a["bias"], rank(out)))
+    return out
 
 
 def _native_layer_norm(ed: Editor, _node: fx.Node, a: Arguments) -> Outcome:
@@ -74,12 +101,7 @@ def _normalized_groups(ed: Editor, node: fx.Node, x: fx.Node, groups: int, a: Ar
     n = shape(x)[0]
     apart = ed.call(aten.reshape.default, x, [n, groups, math.prod(shape(x)[1:]) // groups])
     norm = ed.call(aten.layer_norm.default, apart, [shape(apart)[2]], None, None, a["eps"], True)
-    out = ed.call(aten.reshape.default, norm, list(shape(x)))
-    if a["weight"] is not None:
-        out = ed.call(aten.mul.Tensor, out, per_channel(ed, a["weight"], rank(x)))
-    if a["bias"] is not None:
-        out = ed.call(aten.add.Tensor, out, per_channel(ed, a["bias"], rank(x)))
-    return out
+    return _scaled(ed, ed.call(aten.reshape.default, norm, list(shape(x))), a)
 
 
 def _group_norm(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
@@ -230,6 +252,7 @@ HANDLERS: dict[Any, Handler] = {
             aten.batch_norm.default,
             aten._native_batch_norm_legit_no_training.default,
             aten._native_batch_norm_legit.default,
+            aten._native_batch_norm_legit.no_stats,
             aten.native_batch_norm.default,
         ],
         _batch_norm,

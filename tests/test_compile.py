@@ -167,6 +167,36 @@ def test_all_unsupported_operators_at_once() -> None:
     assert "test_compile.py" in text, "the source line is missing"
 
 
+def test_unsupported_operators_with_several_results() -> None:
+    class Strange(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            values, places = torch.topk(x, 2)
+            return values, places, torch.sort(x)[0]
+
+    with pytest.raises(graphopt.UnsupportedError, match=r"2 operator call\(s\)") as caught:
+        graphopt.compile(Strange().eval(), torch.eye(3))
+    text = str(caught.value)
+    assert "aten::topk: no such operator" in text
+    assert "aten::sort: no such operator" in text
+    assert "getitem" not in text
+
+
+def test_weights_standardized_in_each_run_are_folded() -> None:
+    class Standardized(nn.Conv2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            flat = self.weight.reshape(1, self.out_channels, -1)
+            gain = torch.linspace(0.5, 1.5, self.out_channels)
+            weight = nn.functional.batch_norm(flat, None, None, gain, training=True, eps=1e-6)
+            return self._conv_forward(x, weight.reshape_as(self.weight), self.bias)
+
+    torch.manual_seed(0)
+    model, x = Standardized(3, 8, 3).eval(), torch.randn(2, 3, 10, 9)
+    compiled = graphopt.compile(model, x)
+    assert len(compiled.report.as_dict()["kernels"]) == 1
+    with torch.no_grad():
+        close(compiled(x), model(x).numpy())
+
+
 def test_no_compiler_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("GRAPHOPT_CC_AARCH64", raising=False)

@@ -71,8 +71,10 @@ def test_shapes_computed_from_inputs():
 def test_training_mode():
     x = floats(2, 3)
     constants = {name: np.ones(3, F) for name in "sbmv"}
-    model = one_node("BatchNormalization", {"x": x}, constants, training_mode=1)
-    assert "it is in training mode" in message(UnsupportedError, model)
+    node = helper.make_node("BatchNormalization", ["x", *"sbmv"], ["y", "mean", "variance"],
+                            training_mode=1)  # fmt: skip
+    model = graph_model([node], {"x": x}, constants, ["y", "mean"], 18)
+    assert "its running statistics are results" in message(UnsupportedError, model)
     model = one_node("Dropout", {"x": x}, {"r": np.array(0.5, F), "t": np.array(True)})
     assert "it is in training mode" in message(UnsupportedError, model)
 

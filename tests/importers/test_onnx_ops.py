@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 from onnx import helper
 
+from graphopt.compiler import import_model
 from graphopt.importers.onnx import HANDLERS
 from tests.importers.onnx_cases import assert_same, floats, graph_model, ints, one_node
 
@@ -233,6 +235,21 @@ def test_batch_norm(dimensions):
     constants = {name: floats(4, seed=i) for i, name in enumerate("sbm")}
     constants["v"] = np.abs(floats(4, seed=9)) + F(0.1)
     assert_same(one_node("BatchNormalization", {"x": x}, constants, epsilon=1e-3), {"x": x})
+
+
+@pytest.mark.parametrize("dimensions", [2, 3, 4])
+def test_batch_norm_in_training_mode(dimensions):
+    x = floats(3, 4, *[5] * (dimensions - 2)) + F(2)
+    constants = {name: floats(4, seed=i) for i, name in enumerate("sbm")}
+    constants["v"] = np.abs(floats(4, seed=9)) + F(0.1)
+    model = one_node("BatchNormalization", {"x": x}, constants, epsilon=1e-3, training_mode=1)
+    axes = tuple(axis for axis in range(dimensions) if axis != 1)
+    along = [-1 if axis == 1 else 1 for axis in range(dimensions)]
+    centred = x - x.mean(axes, keepdims=True)
+    normal = centred / np.sqrt((centred**2).mean(axes, keepdims=True) + 1e-3)
+    want = normal * constants["s"].reshape(along) + constants["b"].reshape(along)
+    (got,) = import_model(model)(torch.from_numpy(x))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("axis", [-1, 1, 2])

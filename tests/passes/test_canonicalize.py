@@ -255,6 +255,20 @@ CASES: dict[str, tuple[Callable[[Build], Made], list[str]]] = {
         ),
         ["batch_norm"],
     ),
+    "batch norm of the batch": (
+        lambda b: b.item(
+            b.call(
+                aten._native_batch_norm_legit.no_stats,
+                image(b),
+                *norm_arguments(b, 4)[:2],
+                True,
+                0.1,
+                1e-5,
+            ),
+            0,
+        ),
+        ["mean", "sub", "mul", "mean", "add", "sqrt", "div", "reshape", "mul", "reshape", "add"],
+    ),
     "layer norm": (
         lambda b: b.item(
             b.call(aten.native_layer_norm.default, image(b), [5], *norm_arguments(b, 5)[:2], 1e-5),
@@ -336,9 +350,9 @@ REFUSED: dict[str, tuple[Callable[[Build], Made], str]] = {
     ),
     "batch_norm.default": (
         lambda b: b.call(
-            aten.batch_norm.default, image(b), None, None, None, None, True, 0.1, 1e-5, False
+            aten.batch_norm.default, image(b), *norm_arguments(b, 4), True, 0.1, 1e-5, False
         ),
-        "batch normalization in training mode: it depends on the whole batch",
+        "batch normalization in training mode: it changes its running statistics",
     ),
     "pad.default": (
         lambda b: b.call(aten.pad.default, b.input(3, 4, 5), [1, 1], "replicate"),

@@ -14,13 +14,17 @@ aten = torch.ops.aten
 
 
 def batch_norm(ctx: Context, node: OnnxNode) -> Value:
-    """With the stored mean and variance."""
-    if node.get_int("training_mode", 0) or any(node.used[1:]):
-        raise Refused("it is in training mode")
+    """With the stored mean and variance, or in training mode with those of the batch."""
+    if any(node.used[1:]):
+        raise Refused("its running statistics are results of the model")
     if ctx.opset < 9 and not node.get_int("spatial", 1):
         raise Refused("spatial = 0")
     x, scale, bias, mean, variance = (node.value(i) for i in range(5))
     eps = node.get_float("epsilon", 1e-5)
+    if node.get_int("training_mode", 0):
+        # What a network that standardizes its weights (NFNet) is exported with.
+        axes = [axis for axis in range(rank(x)) if axis != 1]
+        return _scale_channels(ctx, _standardise(ctx, x, axes, eps), scale, bias)
     return ctx.op(aten.batch_norm.default, x, scale, bias, mean, variance, False, 0.0, eps, False)
 
 
