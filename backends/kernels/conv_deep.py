@@ -17,6 +17,7 @@ So it does with a plain input, of which few pixels would take a cache line of ev
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,7 +28,7 @@ from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.kernels.builder import barrier, f32, fence, loop, prefetch, unflatten
 from graphopt.backends.kernels.conv_deep_plan import DeepPlan
-from graphopt.backends.kernels.conv_finish import finish, finish_pixels
+from graphopt.backends.kernels.conv_finish import band_tiles, finish, finish_pixels
 from graphopt.backends.kernels.conv_spec import Accessors
 from graphopt.backends.kernels.lanes import QUAD, multiply, multiply_by_lanes
 from graphopt.backends.kernels.product import span, transposed
@@ -61,6 +62,25 @@ def emit(deep: DeepPlan, task: Expr, weights: Any, scratch: Any, access: Accesso
     """Emit one task; `weights` is the flat TIR buffer of the packed weights."""
     n, group, part_of_image = unflatten(task, [deep.spec.batch, deep.groups, deep.blocks.count])
     _Task(deep, n, group, part_of_image, weights, scratch, access).emit()
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """A tile of output channels in one part of the depth.
+
+    Attributes:
+        part: the part's number.
+        t: the tile's number in the task.
+        channel_block: its first block of output channels.
+        panel: number of its panel of weights.
+        vectors: its blocks.
+    """
+
+    part: Expr
+    t: Expr
+    channel_block: Expr
+    panel: Expr
+    vectors: int
 
 
 class _Task:
@@ -125,71 +145,110 @@ class _Task:
     def _cut(
         self, part: Expr, t: Expr, channel_block: Expr, panel: Expr, vectors: int, total: int
     ) -> None:
-        for pixels, start, before, count in split(total, self.deep.pixels).kinds():
+        tile = _Tile(part, t, channel_block, panel, vectors)
+        waits = self.access.heavy or self.access.row > 0
+        for kind in split(total, self.deep.pixels).kinds():
+            pixels, start, before, count = kind
+            if waits and self.deep.parts == 1:
+                self._bands(tile, *kind)
+                continue
             with loop(count) as i:
-                self._register_tile(part, t, channel_block, panel, vectors,
-                                    start + i * pixels, pixels, before + i)  # fmt: skip
-        if self._finishes_later:
+                self._register_tile(tile, start + i * pixels, pixels, before + i, waits)
+        if waits and self.deep.parts > 1:
             with T.If(part == self.deep.parts - 1), T.Then():
-                fence(self.access.fence)
-                finish_pixels(
-                    self.deep.spec, self.deep.block, self.sums,
-                    lambda p: (t * self.deep.blocks.size + p) * self.deep.width, total, vectors,
-                    self.n, 0, self._place, channel_block, self.access, self.deep.together,
-                )  # fmt: skip
+                self._finish_later(tile, self.sums, self._kept(tile, 0), self.deep.width, 0, total)
 
-    @property
-    def _finishes_later(self) -> bool:
-        """Whether the epilogue is a loop of its own; see `emit_bands` in `conv_direct`."""
-        return (self.access.heavy or self.access.row > 0) and self.deep.parts > 1
+    def _bands(self, tile: _Tile, pixels: int, start: int, before: int, count: int) -> None:
+        """Some tiles of the one part, finished in bands; see `emit_bands` in `conv_direct`."""
+        width = tile.vectors * self.deep.block
+        tiles = min(count, band_tiles(pixels, width, self.access.row))
+        sums = T.alloc_buffer((tiles * pixels * width,), "float32", scope="local")
+        with loop(-(-count // tiles)) as band:
+            first = band * tiles
+            left = start + first * pixels
+            within = share(tirx.min(tiles, count - first)) if count % tiles else tiles
+            with T.serial(0, within) as i:
+                acc = self._products(tile, left + i * pixels, pixels, before + first + i)
+                self._keep(acc, tile, pixels, sums, i * pixels * width, width)
+            self._finish_later(tile, sums, 0, width, left, within * pixels)
+
+    def _finish_later(
+        self, tile: _Tile, sums: Any, origin: Expr, stride: int, first: Expr, count: Expr
+    ) -> None:
+        """The epilogue of `count` pixels from `first` on, as a loop of its own.
+
+        The first one's sums are in `sums` from `origin` on, the next one's `stride` floats on.
+        """
+        fence(self.access.fence)
+        finish_pixels(
+            self.deep.spec, self.deep.block, sums, lambda p: origin + p * stride, count,
+            tile.vectors, self.n, 0, lambda p: self._place(first + p), tile.channel_block,
+            self.access, self.deep.together,
+        )  # fmt: skip
+
+    def _kept(self, tile: _Tile, first: Expr) -> Expr:
+        """Where the sums of a pixel are kept between parts."""
+        return (tile.t * self.deep.blocks.size + first) * self.deep.width
 
     def _register_tile(
-        self, part: Expr, t: Expr, channel_block: Expr, panel: Expr, vectors: int, first: Expr,
-        pixels: int, piece: Expr,
-    ) -> None:  # fmt: skip
+        self, tile: _Tile, first: Expr, pixels: int, piece: Expr, waits: bool
+    ) -> None:
+        """One tile, from the sums before this part to those after it, or to the outputs."""
         deep, block = self.deep, self.deep.block
-        slots = pixels * vectors
-        acc = T.alloc_buffer((slots * block,), "float32", scope="local")
-        kept = (t * deep.blocks.size + first) * deep.width
-
-        def each_slot(body: Any) -> None:
-            for p in range(pixels):
-                for v in range(vectors):
-                    with T.vectorized(0, block) as lane:
-                        place = kept + (p * deep.channels.size + v) * block + lane
-                        body((p * vectors + v) * block + lane, place)
-
-        def clear() -> None:
-            each_slot(lambda slot, place: T.buffer_store(acc, f32(0.0), [slot]))
-
-        if deep.parts == 1:
-            clear()
-        else:
-            with T.If(part == 0):
-                with T.Then():
-                    clear()
-                with T.Else():
-                    each_slot(lambda slot, place: T.buffer_store(acc, self.sums[place], [slot]))
-        self._multiply(part, acc, panel, vectors, first, pixels, piece)
+        width = tile.vectors * block
+        acc = self._products(tile, first, pixels, piece)
 
         def end() -> None:
-            finish(deep.spec, block, acc, pixels, vectors, self.n, 0,
-                   lambda p: self._place(first + p), channel_block, self.access,
-                   deep.together)  # fmt: skip
+            finish(deep.spec, block, acc, lambda p: p * width, pixels, tile.vectors, self.n, 0,
+                   lambda p: self._place(first + p), tile.channel_block, self.access)  # fmt: skip
 
         def keep() -> None:
-            each_slot(lambda slot, place: T.buffer_store(self.sums, acc[slot], [place]))
+            self._keep(acc, tile, pixels, self.sums, self._kept(tile, first), deep.width)
 
         if deep.parts == 1:
             end()
-        elif self._finishes_later:
+        elif waits:
             keep()
         else:
-            with T.If(part == deep.parts - 1):
+            with T.If(tile.part == deep.parts - 1):
                 with T.Then():
                     end()
                 with T.Else():
                     keep()
+
+    def _keep(
+        self, acc: Any, tile: _Tile, pixels: int, sums: Any, origin: Expr, stride: int
+    ) -> None:
+        """Store a tile's sums from `origin` on, a pixel's `stride` floats behind the last one's."""
+        block = self.deep.block
+        for p in range(pixels):
+            for v in range(tile.vectors):
+                with T.vectorized(0, block) as lane:
+                    value = acc[(p * tile.vectors + v) * block + lane]
+                    T.buffer_store(sums, value, [origin + p * stride + v * block + lane])
+
+    def _products(self, tile: _Tile, first: Expr, pixels: int, piece: Expr) -> Any:
+        """The part's products of one tile, added to the sums of the parts before, in registers."""
+        block, vectors = self.deep.block, tile.vectors
+        acc = T.alloc_buffer((pixels * vectors * block,), "float32", scope="local")
+
+        def start(value: Callable[[Expr], Expr]) -> None:
+            for p in range(pixels):
+                for v in range(vectors):
+                    with T.vectorized(0, block) as lane:
+                        place = self._kept(tile, first) + p * self.deep.width + v * block + lane
+                        T.buffer_store(acc, value(place), [(p * vectors + v) * block + lane])
+
+        if self.deep.parts == 1:
+            start(lambda _: f32(0.0))
+        else:
+            with T.If(tile.part == 0):
+                with T.Then():
+                    start(lambda _: f32(0.0))
+                with T.Else():
+                    start(lambda place: self.sums[place])
+        self._multiply(tile, acc, first, pixels, piece)
+        return acc
 
     def _place(self, pixel: Expr) -> tuple[Expr, Expr]:
         """Row and column of a pixel of the task's block."""
@@ -199,12 +258,10 @@ class _Task:
             return tirx.const(0, "int32"), pixel
         return pixel // columns, pixel % columns
 
-    def _multiply(
-        self, part: Expr, acc: Any, panel: Expr, vectors: int, first: Expr, pixels: int,
-        piece: Expr,
-    ) -> None:  # fmt: skip
+    def _multiply(self, tile: _Tile, acc: Any, first: Expr, pixels: int, piece: Expr) -> None:
         deep, block, width = self.deep, self.deep.block, self.deep.width
-        origin = panel * (deep.part_depth * width)
+        part, vectors = tile.part, tile.vectors
+        origin = tile.panel * (deep.part_depth * width)
 
         def x(p: int, number: Expr, ci: Expr) -> Expr:
             if deep.gathers:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import gcd
 from typing import Any
 
 import numpy as np
@@ -24,29 +23,19 @@ import numpy.typing as npt
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from graphopt.backends.kernels.builder import (
-    barrier,
-    f32,
-    fence,
-    loop,
-    prefetch,
-    unflatten,
-)
+from graphopt.backends.kernels.builder import barrier, f32, fence, loop, prefetch, unflatten
 from graphopt.backends.kernels.conv_direct_plan import (
     ConvPlan,
     Segment,
     tests_columns,
     unrolled_columns,
 )
-from graphopt.backends.kernels.conv_finish import finish, finish_pixels
+from graphopt.backends.kernels.conv_finish import band_tiles, finish, finish_pixels
 from graphopt.backends.kernels.conv_spec import Accessors, kernel_rows
 from graphopt.backends.kernels.lanes import QUAD, Tap, multiply, multiply_by_lanes, multiply_row
 from graphopt.backends.kernels.tiling import LINE
 from graphopt.ops.math import share
 from graphopt.ops.opdef import Expr
-
-_BAND_BYTES = 2048
-"""Sums that wait for a long epilogue; they lie on the stack."""
 
 
 def pack_weights(weight: npt.NDArray[Any], conv: ConvPlan) -> npt.NDArray[np.float32]:
@@ -130,9 +119,10 @@ class _Row:
         """Some tiles, each finished while it is in registers."""
 
         def end(acc: Any, pixels: int, column: Expr) -> None:
-            finish(self.conv.spec, self.conv.block, acc, pixels, self.vectors, self.n, self.g,
-                   lambda p: (self.oh, column + p), self.tile_block, self.access,
-                   self.conv.together)  # fmt: skip
+            width = self.vectors * self.conv.block
+            finish(self.conv.spec, self.conv.block, acc, lambda p: p * width, pixels, self.vectors,
+                   self.n, self.g, lambda p: (self.oh, column + p), self.tile_block,
+                   self.access)  # fmt: skip
 
         with T.serial(0, count) as i:
             self._segments(self.conv.segments, first + i, end)
@@ -142,16 +132,11 @@ class _Row:
 
         The sums of a band wait in the first-level cache for a loop over all its pixels: a long
         epilogue takes many times its throughput to begin and to end, and LLVM spills accumulators
-        of the products where it may hold them in registers next to the epilogue's values. Where
-        pixels are stored side by side, a band holds whole vectors of them.
+        of the products where it may hold them in registers next to the epilogue's values.
         """
         block, width = self.conv.block, self.vectors * self.conv.block
         widest = max(segment.pixels for segment in self.conv.segments)
-        tiles = max(1, _BAND_BYTES // (widest * width * 4))
-        if self.access.row:
-            # As many as make whole vectors.
-            turn = self.access.row // gcd(self.access.row, widest)
-            tiles = -(-tiles // turn) * turn
+        tiles = band_tiles(widest, width, self.access.row)
         sums = T.alloc_buffer((tiles * widest * width,), "float32", scope="local")
         with T.serial(0, (count + tiles - 1) // tiles) as band:
             start = first + band * tiles

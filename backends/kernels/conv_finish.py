@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from math import gcd
 from typing import Any
 
 from tvm import tirx
@@ -15,35 +16,18 @@ from graphopt.backends.kernels.product import transposed
 from graphopt.ops.math import share
 from graphopt.ops.opdef import Expr
 
+_BAND_BYTES = 2048
+
 
 def finish(
-    spec: ConvSpec, block: int, acc: Any, pixels: int, vectors: int, n: Expr, g: Expr,
-    place: Callable[[Expr], tuple[Expr, Expr]], tile_block: Expr, access: Accessors, together: int,
-) -> None:  # fmt: skip
-    """Epilogue and stores of one register tile; `place` gives the row and column of a pixel.
-
-    `together` is how many blocks of channels a long epilogue computes in turn.
-    """
-    width = vectors * block
-    if not access.heavy:
-        _finish_each(spec, block, acc, lambda p: p * width, pixels, vectors, n, g, place,
-                     tile_block, access)  # fmt: skip
-        return
-    # Copied so that the loop may index it at run time: `acc` has to stay in registers.
-    sums = T.alloc_buffer((pixels * width,), "float32", scope="local")
-    for slot in range(pixels * vectors):
-        with T.vectorized(0, block) as lane:
-            T.buffer_store(sums, acc[slot * block + lane], [slot * block + lane])
-    finish_pixels(spec, block, sums, lambda p: p * width, pixels, vectors, n, g, place, tile_block,
-                  access, together)  # fmt: skip
-
-
-def _finish_each(
     spec: ConvSpec, block: int, sums: Any, at: Callable[[Expr], Expr], pixels: int, vectors: int,
     n: Expr, g: Expr, place: Callable[[Expr], tuple[Expr, Expr]], tile_block: Expr,
     access: Accessors,
 ) -> None:  # fmt: skip
-    """Epilogue and stores of some pixels, one vector of channels or one channel after the other."""
+    """A short epilogue and the stores of a few pixels, of which all code is repeated.
+
+    The sums of pixel `p` are in a buffer from `at(p)` on; `place` gives its row and column.
+    """
     kind = "vectorized" if access.vector else "unroll"
     ragged = 0 if access.padded else spec.ocg % block
 
@@ -64,6 +48,17 @@ def _finish_each(
                 vector(vectors - 1, ragged)
 
 
+def band_tiles(pixels: int, width: int, row: int) -> int:
+    """Register tiles whose sums wait together for a long epilogue.
+
+    They lie on the stack, and stay in the first-level cache. Where `row` pixels are stored side by
+    side, the tiles make whole vectors of them.
+    """
+    tiles = max(1, _BAND_BYTES // (pixels * width * 4))
+    turn = row // gcd(row, pixels) if row else 1
+    return -(-tiles // turn) * turn
+
+
 def finish_pixels(
     spec: ConvSpec, block: int, sums: Any, at: Callable[[Expr], Expr], count: Expr, vectors: int,
     n: Expr, g: Expr, place: Callable[[Expr], tuple[Expr, Expr]], tile_block: Expr,
@@ -80,8 +75,8 @@ def finish_pixels(
         return
     if not access.vector or (spec.ocg % block and not access.padded):
         with T.serial(0, count) as p:
-            _finish_each(spec, block, sums, lambda _: at(p), 1, vectors, n, g, lambda _: place(p),
-                         tile_block, access)  # fmt: skip
+            finish(spec, block, sums, lambda _: at(p), 1, vectors, n, g, lambda _: place(p),
+                   tile_block, access)  # fmt: skip
         return
 
     def some(first: Expr, pixels: int) -> None:

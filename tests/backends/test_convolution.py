@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from graphopt import graph as G
 from graphopt.backends.isa.avx512 import AVX512
-from graphopt.backends.kernels import conv_direct, conv_direct_plan
+from graphopt.backends.kernels import conv_direct_plan, conv_finish
 from graphopt.backends.target import get_target
 from tests.backends.harness import Builder, aten, check, origins
 
@@ -96,7 +96,7 @@ def test_long_epilogues(
 ) -> None:  # fmt: skip
     """Sums wait in bands of any size; whole and ragged blocks, plain and blocked outputs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conv_direct, "_BAND_BYTES", band)
+        patch.setattr(conv_finish, "_BAND_BYTES", band)
         b = Builder(out)
         x = b.conv(b.input(b.random(batch, 3, *size)), channels * groups, (1, 1))
         y = b.conv(x, out * groups, (kernel, kernel), stride=stride, padding=padding, groups=groups)
@@ -486,7 +486,7 @@ def test_rows_of_pixels(
     """Plain outputs take vectors of neighbouring pixels: any number of them, ragged channels, short
     and long epilogues, a sum, one dimension, tasks that end anywhere."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conv_direct, "_BAND_BYTES", band)
+        patch.setattr(conv_finish, "_BAND_BYTES", band)
         patch.setattr(conv_direct_plan, "_TARGET_STEPS", 7 * band)
         b = Builder(out)
         x = b.conv(b.input(b.random(batch, 4, *size)), 8, (1, 1))

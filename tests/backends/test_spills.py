@@ -113,6 +113,14 @@ CASES = {
         "transposed 16×6", transposed, (1, 64, 12, 12), "relu", allowed={96: 2}, reason=EARLY
     ),
     "deep 1×1": Case("conv_deep 16×6", conv(256, 1, 1), (1, 512, 14, 14), "relu silu"),
+    "deep 1×1 in one part": Case(
+        "conv_deep 16×6", conv(384, 1, 1), (1, 192, 14, 14), "relu silu gelu chain",
+        allowed={80: 4, 96: 4}, reason=EARLY,
+    ),
+    "deep 1×1 in one part to a plain output": Case(
+        "conv_deep 16×6", conv(384, 1, 1), (1, 192, 14, 14), "relu silu", PLAIN_OUT,
+        allowed={80: 4, 96: 4}, reason=EARLY,
+    ),
     "deep 3×3": Case(
         "conv_deep 16×6", conv(256, 3, 3, padding=1, stride=2), (1, 512, 14, 14), "relu"
     ),
