@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from graphopt.errors import GraphoptError
 from graphopt.passes.base import Pass
 from graphopt.passes.canonicalize import Canonicalize
+from graphopt.passes.crop_kernel import CropKernel
 from graphopt.passes.eliminate_common_subexpressions import EliminateCommonSubexpressions
 from graphopt.passes.eliminate_dead_code import EliminateDeadCode
 from graphopt.passes.fold_affine import FoldAffine
@@ -40,6 +41,7 @@ def default_pipeline() -> list[Pass]:
         FoldAffine(),
         # A normalization between padding and a layer is gone only now.
         FoldPad(),
+        CropKernel(),
         # The folds leave products of constants, and layers that are equal only now.
         FoldConstants(),
         ReadCausalMasks(),

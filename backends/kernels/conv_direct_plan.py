@@ -223,13 +223,27 @@ def cost(conv: ConvPlan, isa: Isa, *, plain: bool = False) -> float:
     far = depth * width * 4 > _PANEL_BYTES
     row = 0.0
     for segment in conv.segments:
-        step = step_time(registers, segment.pixels, isa)
-        if far:
-            step = max(step, width * 4 / _SECOND_LEVEL_BYTES) + _FAR
         floats = LINE + (segment.pixels - 1) * spec.stride[1] + spec.kernel[1] - 1
         lines = spec.icg * spec.kernel[0] * floats
-        if plain and 4 * (depth * width + lines) > _FIRST_LEVEL_BYTES:
-            step += _FAR_LINES
-        row += (segment.last - segment.first) * step
-    rows = spec.batch * spec.groups * spec.out_size[0]
-    return rows * conv.channels.count * depth * row
+        far_lines = plain and 4 * (depth * width + lines) > _FIRST_LEVEL_BYTES
+        for column in range(spec.kernel[1]):
+            pixels = segment.pixels - sum(kw == column for _, kw in segment.skip)
+            if pixels == 0:
+                continue
+            step = step_time(registers, pixels, isa)
+            if far:
+                step = max(step, width * 4 / _SECOND_LEVEL_BYTES) + _FAR
+            if far_lines:
+                step += _FAR_LINES
+            row += (segment.last - segment.first) * step
+    images = spec.batch * spec.groups
+    return images * conv.channels.count * spec.icg * _kernel_rows(spec) * row
+
+
+def _kernel_rows(spec: ConvSpec) -> int:
+    """Rows of the kernel that meet the input, of all output rows together."""
+    starts = range(
+        -spec.padding[0], spec.out_size[0] * spec.stride[0] - spec.padding[0], spec.stride[0]
+    )
+    reach = range(0, spec.kernel[0] * spec.dilation[0], spec.dilation[0])
+    return sum(0 <= start + tap < spec.in_size[0] for start in starts for tap in reach)
