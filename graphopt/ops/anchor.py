@@ -84,6 +84,15 @@ _SOFTMAX = tuple(
     )
 )  # fmt: skip
 
+_RESIZED = (
+    *(((2, 10, 5, 7), (size, corners, None)) for size in ([10, 14], [3, 11], [1, 1], [5, 7])
+      for corners in (False, True)),
+    *(((2, 10, 5, 7), (None, False, factors)) for factors in ([2.0, 3.0], [1.7, 0.6])),
+    ((2, 10, 5, 7), (None, True, [1.7, 2.0])),
+    *(((2, 3, 11), rest) for rest in (([25], False, None), ([25], True, None),
+                                      (None, False, [2.6]))),
+)  # fmt: skip
+
 ANCHOR: tuple[OpDef, ...] = (
     OpDef("convolution", (aten.convolution.default,), Kind.ANCHOR,
           operands=("input", "weight", "bias"), check=_convolution, samples=(
@@ -134,5 +143,9 @@ ANCHOR: tuple[OpDef, ...] = (
               _attended((1, 2, 9, 3), (1, 2, 9, 3), is_causal=True),
               _attended((1, 4, 5, 8), (1, 2, 5, 8), enable_gqa=True, scale=0.3),
               _attended((3, 5, 7), (3, 5, 7)),
+          )),
+    OpDef("upsample_linear", (aten.upsample_bilinear2d.vec, aten.upsample_linear1d.vec),
+          Kind.ANCHOR, operands=("input",), check=_float_only, samples=tuple(
+              _random(shape, rest=rest, ulp=4) for shape, rest in _RESIZED
           )),
 )  # fmt: skip

@@ -120,36 +120,6 @@ def _upsample_nearest(call: Call, x: Reader, index: Index) -> Expr:
     return x(tuple(place))
 
 
-def _upsample_linear(call: Call, x: Reader, index: Index) -> Expr:
-    size = call.shape_of("input")
-    corners: list[tuple[tuple[Any, ...], Expr | None]] = [(tuple(index[:2]), None)]
-    for axis in range(2, len(index)):
-        out = call.shape[axis]
-        place = tirx.Cast("float32", index[axis])
-        if call["align_corners"]:
-            step = (size[axis] - 1) / (out - 1) if out > 1 else 0.0
-            source = place * tirx.const(step, "float32")
-        else:
-            step = _scale(call, axis)
-            source = tirx.max(
-                (place + tirx.const(0.5, "float32")) * tirx.const(step, "float32")
-                - tirx.const(0.5, "float32"),
-                tirx.const(0.0, "float32"),
-            )
-        low = tirx.min(tirx.Cast("int32", source), size[axis] - 1)
-        high = tirx.min(low + 1, size[axis] - 1)
-        part = source - tirx.Cast("float32", low)
-        corners = [
-            ((*at, where), share if weight is None else weight * share)
-            for at, weight in corners
-            for where, share in ((low, tirx.const(1.0, "float32") - part), (high, part))
-        ]
-    total: Expr = tirx.const(0.0, "float32")
-    for at, weight in corners:
-        total = total + x(at) * weight
-    return total
-
-
 def _image(*rest: Any, shape: tuple[int, ...] = (2, 10, 5, 7), **kwargs: Any) -> Sample:
     return Sample(lambda g: (torch.randn(shape, generator=g), *rest), kwargs, ulp=0)
 
@@ -192,12 +162,6 @@ _NEAREST = (
     *(_resized(size, None, ulp=0) for size in ([10, 14], [3, 11], [5, 7], [1, 1])),
     *(_resized(None, factors, ulp=0) for factors in ([2.0, 3.0], [1.7, 0.6], [0.5, 2.5])),
 )
-_LINEAR = (
-    *(_resized(size, corners, None) for size in ([10, 14], [3, 11], [1, 1])
-      for corners in (False, True)),
-    *(_resized(None, False, factors) for factors in ([2.0, 3.0], [1.7, 0.6])),
-    _resized(None, True, [1.7, 2.0]),
-)  # fmt: skip
 _LINE = (2, 3, 11)
 
 SHAPE: tuple[OpDef, ...] = (
@@ -255,10 +219,5 @@ SHAPE: tuple[OpDef, ...] = (
           Kind.INJECTIVE, _upsample_nearest, operands=("input",), samples=(
               *_NEAREST, _resized([25], None, shape=_LINE, ulp=0),
               _resized(None, [2.6], shape=_LINE, ulp=0),
-          )),
-    OpDef("upsample_linear", (aten.upsample_bilinear2d.vec, aten.upsample_linear1d.vec),
-          Kind.INJECTIVE, _upsample_linear, operands=("input",), samples=(
-              *_LINEAR, _resized([25], False, None, shape=_LINE),
-              _resized([25], True, None, shape=_LINE), _resized(None, False, [2.6], shape=_LINE),
           )),
 )  # fmt: skip

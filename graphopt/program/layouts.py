@@ -101,7 +101,10 @@ def _convolutions_of(node: fx.Node) -> list[fx.Node]:
 
 def _feeds_winograd(node: fx.Node, block: int) -> bool:
     """Whether a convolution for Winograd's kernel reads it."""
-    if OPS[node.target].kind is Kind.ANCHOR or len(G.shape(node)) != 4 or not is_float(node):
+    op = OPS[node.target]
+    if op.kind is Kind.ANCHOR and op.name not in _RULES:
+        return False
+    if len(G.shape(node)) != 4 or not is_float(node):
         return False
     return any(_is_winograd(user, block) for user in _convolutions_of(node))
 
@@ -168,6 +171,10 @@ def _follow(node: fx.Node, layouts: dict[fx.Node, str], wanted: str, block: int)
 def _mean(node: fx.Node, layouts: dict[fx.Node, str], wanted: str, block: int) -> bool:
     call = Call(node)
     return _follow(node, layouts, wanted, block) and bool(call.arguments.get("keepdim"))
+
+
+def _resize(node: fx.Node, layouts: dict[fx.Node, str], wanted: str, block: int) -> bool:
+    return _follow(node, layouts, wanted, block) or _feeds_depthwise(node)
 
 
 def _slice(node: fx.Node, layouts: dict[fx.Node, str], wanted: str, block: int) -> bool:
@@ -240,7 +247,7 @@ _RULES: dict[str, Rule] = {
     "amin": _mean,
     "pad": _follow,
     "upsample_nearest": _follow,
-    "upsample_linear": _follow,
+    "upsample_linear": _resize,
     "slice": _slice,
     "index_select": _index_select,
     "cat": _cat,
