@@ -15,6 +15,7 @@ from graphopt.backends.kernels import generic
 from graphopt.backends.kernels.base import KernelSource, Request
 from graphopt.backends.kernels.builder import View
 from graphopt.backends.kernels.fusion import Group
+from graphopt.backends.kernels.turned import emit_turned, find_turned
 from graphopt.ops import OPS
 from graphopt.ops.opdef import Expr, Index, Kind, Reduction
 from graphopt.ops.scalar import TIR_NAMES, to_dtype
@@ -48,6 +49,8 @@ def lower_map(request: Request) -> KernelSource:
         and any(n.op != "get_attr" and request.spec(n).layout == PLAIN for n in request.reads)
     )
 
+    turned = find_turned(request)
+
     def element(group: Group, index: Index) -> Expr:
         if past_the_end:
             index = (index[0], tirx.min(index[1], out.shape[1] - 1), *index[2:])
@@ -63,10 +66,15 @@ def lower_map(request: Request) -> KernelSource:
                 task, target.flat(), lambda index: group.read(request.root, index), _lanes(request)
             )
             return
+        if turned is not None:
+            emit_turned(turned, request.root, task, target, group)
+            return
         generic.emit_map(task, target, lambda index: element(group, index), _lanes(request))
 
     if flat:
         tasks, origin = generic.flat_tasks(count), "map flat"
+    elif turned is not None:
+        tasks, origin = turned.tasks, "map turned"
     else:
         tasks, origin = generic.tasks_of(generic.space_of(out.shape, out.layout)), "map"
     return KernelSource(origin, tasks, flops, emit, request.reads, in_place=in_place)
