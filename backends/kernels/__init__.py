@@ -8,6 +8,7 @@ from graphopt.backends.kernels.conv_fold import lower_fold
 from graphopt.backends.kernels.linear import lower_linear
 from graphopt.backends.kernels.matmul import lower_attention, lower_matmul
 from graphopt.backends.kernels.pool import lower_pool
+from graphopt.backends.kernels.recurrent import lower_recurrent
 from graphopt.backends.kernels.rows import lower_layer_norm, lower_softmax
 from graphopt.backends.kernels.transposed import lower_transposed
 
@@ -22,6 +23,9 @@ GENERATORS: dict[str, tuple[Generator, ...]] = {
     "log_softmax": (lower_softmax,),
     "layer_norm": (lower_layer_norm,),
     "attention": (lower_attention,),
+    "lstm": (lower_recurrent,),
+    "gru": (lower_recurrent,),
+    "rnn": (lower_recurrent,),
     "max_pool2d": (lower_pool,),
     "avg_pool2d": (lower_pool,),
 }

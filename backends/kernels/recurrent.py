@@ -1,0 +1,415 @@
+"""LSTM, GRU and simple recurrent layers: what goes from step to step (see `ops/recurrent.py`).
+
+A task takes one direction of some rows of the batch through all steps. Each step multiplies the
+rows' states by the packed weights, in the register tiles of `product.py`, and then computes the
+gates and the new states, a vector at a time. Sums and states stay in scratch, every gate and state
+there as whole vectors, which zeros complete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import fx
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from graphopt import graph as G
+from graphopt.backends.isa.base import Isa
+from graphopt.backends.kernels.base import KernelSource, Request
+from graphopt.backends.kernels.builder import View, f32, fence, loop, unflatten
+from graphopt.backends.kernels.fusion import Group
+from graphopt.backends.kernels.product import Panels, choose_rows, emit_product, span, tile_row
+from graphopt.backends.kernels.tiling import LINE, Split, split
+from graphopt.backends.target import Target
+from graphopt.ops import OPS
+from graphopt.ops import math as M
+from graphopt.ops.opdef import Expr
+from graphopt.ops.recurrent import ACTIVATIONS, GATES
+
+_BAND = 4096
+"""Floats of scratch that a task may take, where its weights can be read again for another one."""
+_CELL_FLOPS = {"lstm": 9, "gru": 9, "rnn": 2}
+"""Operations beside the products, a function counted as one."""
+_ONE_ROW_VECTORS = 8
+"""Sums of a single row's tile: as many as hide the latency of multiply-adds."""
+
+
+@dataclass(frozen=True)
+class RecurrentPlan:
+    """The choices for one layer.
+
+    Attributes:
+        steps, batch, directions, hidden: the sizes T, N, D and H.
+        phases: the gates that are multiplied together; the next phase needs the ones before.
+        keeps_cell: whether there is a second state.
+        block: floats of a vector in scratch.
+        rows: rows of a register tile.
+        panels: the packed weights of each phase.
+        bands: tiles of rows, cut into tasks.
+        by_lane: whether multiply-adds take one lane of a vector.
+        fence: see `Isa.fence`.
+    """
+
+    steps: int
+    batch: int
+    directions: int
+    hidden: int
+    phases: tuple[int, ...]
+    keeps_cell: bool
+    block: int
+    rows: int
+    panels: tuple[Panels, ...]
+    bands: Split
+    by_lane: bool
+    fence: str
+
+    @property
+    def width(self) -> int:
+        """Floats of a gate or state of a row in scratch."""
+        return -(-self.hidden // self.block) * self.block
+
+    @property
+    def gates(self) -> int:
+        """Gates in all."""
+        return sum(self.phases)
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """Where each part of scratch begins, in floats; `end` is where all ends."""
+        state = self.bands.size * self.rows * self.width
+        sizes = {"sums": self.gates * state, "h": state, "c": state * self.keeps_cell,
+                 "reset": state * (len(self.phases) - 1), "tail": self.gates * self.block,
+                 "end": 0}  # fmt: skip
+        places, end = {}, 0
+        for name, size in sizes.items():
+            places[name] = end
+            end += -(-size // LINE) * LINE
+        return places
+
+
+def plan(
+    steps: int, batch: int, directions: int, hidden: int, phases: tuple[int, ...],
+    keeps_cell: bool, target: Target,
+) -> RecurrentPlan:  # fmt: skip
+    """Choose tiles and tasks."""
+    isa = target.isa
+    blocks = -(-hidden // isa.block)
+    columns = [blocks * gates for gates in phases]
+    rows, vectors = choose_rows(batch, [(each, hidden) for each in columns], isa)
+    if rows == 1:
+        vectors = [split(each, _one_row(isa)).size for each in columns]
+    panels = tuple(
+        Panels(hidden, each * isa.block, isa.block, count)
+        for each, count in zip(columns, vectors, strict=True)
+    )
+    tiles = -(-batch // rows)
+    scratch = (sum(phases) + len(phases) + keeps_cell) * blocks * isa.block * rows
+    if sum(panel.size for panel in panels) * 4 <= target.l2_bytes // 2:
+        largest = max(1, _BAND // scratch)
+    else:
+        # Weights from memory are for as many rows as there are.
+        largest = -(-tiles // (1 if directions == 2 else 2))
+    return RecurrentPlan(
+        steps, batch, directions, hidden, phases, keeps_cell, isa.block, rows, panels,
+        split(tiles, largest), isa.lane_operand, isa.fence,
+    )  # fmt: skip
+
+
+def _one_row(isa: Isa) -> int:
+    registers = max(1, isa.block // isa.lanes())
+    return max(1, min(_ONE_ROW_VECTORS, isa.registers // 2 // registers))
+
+
+def lower_recurrent(request: Request) -> KernelSource | None:
+    """`lstm`, `gru` and `rnn` by constant weights."""
+    call = request.call
+    name = OPS[request.anchor.target].name
+    weight = request.constant(call["weight"])
+    if weight is None:
+        return None
+    steps, batch, _ = call.shape_of("gates")
+    directions, _, hidden = weight.shape
+    splits = name == "gru" and not call["reset_after"]
+    phases = (2, 1) if splits else (GATES[name],)
+    chosen = plan(steps, batch, directions, hidden, phases, name == "lstm", request.target)
+    bias = call.arguments.get("bias")
+    constants = [_packed(chosen, weight)]
+    if bias is not None:
+        value = request.constant(bias)
+        if value is None:
+            return None
+        constants.append(_padded(chosen, value).reshape(-1))
+    starts = {
+        state: node
+        for state in ("h", "c")
+        if (node := call.arguments.get(f"{state}0")) is not None and not _is_zero(request, node)
+    }
+    beside = request.epilogue_reads()
+    wanted = [call["gates"], *starts.values(), *beside]
+    reads = [node for node in request.reads if node in wanted]
+    make = {"lstm": _lstm, "gru": _gru, "rnn": _rnn}[name]
+
+    def emit(
+        task: Expr, views: dict[fx.Node, View], buffers: list[Any], out: View, group: Group,
+        scratch: Any,
+    ) -> None:  # fmt: skip
+        direction, band = unflatten(task, [directions, chosen.bands.count])
+        _Task(chosen, request, buffers, out, group, scratch, direction, band).emit(starts, make)
+
+    rows = steps * batch * directions
+    functions = [_CELL_FLOPS[name] * hidden, 2 * chosen.gates * hidden * hidden]
+    origin = f"{name} {chosen.panels[0].width}×{chosen.rows}"
+    return KernelSource(origin, directions * chosen.bands.count, rows * sum(functions), emit,
+                        reads, constants, scratch=chosen.places["end"] * 4)  # fmt: skip
+
+
+def _is_zero(request: Request, node: fx.Node) -> bool:
+    value = request.constant(node)
+    return value is not None and not value.any()
+
+
+def _padded(chosen: RecurrentPlan, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The last axis, of H, completed by zeros to whole vectors."""
+    wide = np.zeros((*values.shape[:-1], chosen.width), np.float32)
+    wide[..., : chosen.hidden] = values
+    return wide
+
+
+def _packed(chosen: RecurrentPlan, weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """[D, G·H, H] as the panels of all phases, one direction behind the other."""
+    parts = []
+    for gates in weight.reshape(chosen.directions, chosen.gates, chosen.hidden, chosen.hidden):
+        first = 0
+        for count, panels in zip(chosen.phases, chosen.panels, strict=True):
+            matrix = _padded(chosen, gates[first : first + count].transpose(2, 0, 1))
+            wide = np.zeros((panels.depth, panels.size // panels.depth), np.float32)
+            wide[:, : panels.columns] = matrix.reshape(panels.depth, panels.columns)
+            cut = wide.reshape(panels.depth, -1, panels.width).transpose(1, 0, 2)
+            parts.append(cut.reshape(-1))
+            first += count
+    return np.concatenate(parts)
+
+
+class _Task:
+    """One direction of some rows."""
+
+    def __init__(
+        self, chosen: RecurrentPlan, request: Request, constants: Sequence[Any], out: View,
+        group: Group, scratch: Any, direction: Expr, band: Expr,
+    ) -> None:  # fmt: skip
+        self.plan, self.request, self.constants = chosen, request, constants
+        self.call, self.out, self.group, self.direction = request.call, out, group, direction
+        self.functions = [ACTIVATIONS[name][1] for name in self.call["activations"]]
+        self.first_tile, self.tiles = span(chosen.bands, band)
+        ends = list(chosen.places.values())[1:]
+        self.buffers = {
+            name: T.decl_buffer((end - start,), "float32", data=scratch, elem_offset=start)
+            for (name, start), end in zip(chosen.places.items(), ends, strict=False)
+            if end > start
+        }
+
+    def emit(self, starts: dict[str, fx.Node], make: Callable[[_Task, Expr], None]) -> None:
+        """All steps."""
+        chosen = self.plan
+        for state in ("h", "c") if chosen.keeps_cell else ("h",):
+            self._start(state, starts.get(state))
+        with loop(chosen.steps) as step:
+            make(self, self._time(step))
+        if chosen.keeps_cell:
+            self._each_row(self._store_cell)
+
+    def _store_cell(self, row: Expr, n: Expr) -> None:
+        with loop(self.plan.hidden) as j:
+            self._store("c", row, n, self.plan.steps, j)
+
+    def _time(self, step: Expr) -> Expr:
+        """The place of a step in the input."""
+        last = self.plan.steps - 1
+        if self.plan.directions == 2:
+            return step + self.direction * (last - 2 * step)
+        return last - step if self.call["reverse"] else step
+
+    def _each_row(self, body: Callable[[Expr, Expr], None]) -> None:
+        """`body(row, n)` for each row of scratch, which is row `n` of the batch."""
+        chosen = self.plan
+        with loop(self.tiles) as t, loop(chosen.rows) as r:
+            n = tile_row(self.first_tile + t, chosen.rows, chosen.batch) + r
+            body(t * chosen.rows + r, n)
+
+    def _start(self, state: str, node: fx.Node | None) -> None:
+        """Put a state's first value, zero without a node, into scratch."""
+        chosen, buffer = self.plan, self.buffers[state]
+
+        def fill(row: Expr, n: Expr) -> None:
+            with loop(chosen.width // chosen.block) as v, loop(chosen.block, "vectorized") as lane:
+                T.buffer_store(buffer, f32(0.0), [row * chosen.width + v * chosen.block + lane])
+            if node is not None:
+                with loop(chosen.hidden) as j:
+                    value = self.group.read(node, (self.direction, n, j))
+                    T.buffer_store(buffer, value, [row * chosen.width + j])
+
+        self._each_row(fill)
+
+    def multiply(self, phase: int, source: str) -> None:
+        """The sums of a phase's gates: a state in scratch times the weights."""
+        chosen = self.plan
+        panels = chosen.panels[phase]
+        sizes = [each.size for each in chosen.panels]
+        base = self.direction * sum(sizes) + sum(sizes[:phase])
+        first_gate = sum(chosen.phases[:phase])
+        weights, width = self.constants[0], chosen.width
+
+        def store(t: Expr, r: int, first: Expr, count: int, value: Callable[[Expr], Expr]) -> None:
+            row = (t * chosen.rows + r) * chosen.gates + first_gate
+            with loop(count, "vectorized") as lane:
+                T.buffer_store(self.buffers["sums"], value(lane), [row * width + first + lane])
+
+        emit_product(
+            panels, lambda panel, k, column: weights[base + panels.inside(panel, k, column)],
+            chosen.rows, self.tiles,
+            lambda t, r, k: self.buffers[source][(t * chosen.rows + r) * width + k], store,
+            by_lane=chosen.by_lane,
+        )  # fmt: skip
+        fence(chosen.fence)
+
+    def update(self, t: Expr, gates: range, cell: Callable[[_Vector], None], *,
+               result: bool = True) -> None:  # fmt: skip
+        """Compute states, a vector at a time.
+
+        Args:
+            t: the place of the step in the input.
+            gates: those that `cell` asks the input for.
+            cell: emits the computation of one vector.
+            result: whether the state `h` is ready then.
+        """
+        chosen = self.plan
+        full, rest = divmod(chosen.hidden, chosen.block)
+
+        def x(n: Expr, gate: int, j: Expr) -> Expr:
+            column = (self.direction * chosen.gates + gate) * chosen.hidden + j
+            return self.group.read(self.call["gates"], (t, n, column))
+
+        def one(row: Expr, n: Expr) -> None:
+            if full:
+                with loop(full) as v, loop(chosen.block, "vectorized") as lane:
+                    j = v * chosen.block + lane
+                    cell(_Vector(self, row, j, lambda gate: x(n, gate, j)))
+                    if result:
+                        self._store("h", row, n, t, j)
+            if not rest:
+                return
+            first, tail = full * chosen.block, self.buffers["tail"]
+            for gate in gates:
+                with loop(rest) as j:
+                    T.buffer_store(tail, x(n, gate, first + j), [gate * chosen.block + j])
+            with loop(chosen.block, "vectorized") as lane:
+                cell(_Vector(self, row, first + lane,
+                             lambda gate: tail[gate * chosen.block + lane]))  # fmt: skip
+            if result:
+                with loop(rest) as j:
+                    self._store("h", row, n, t, first + j)
+
+        self._each_row(one)
+
+    def _store(self, state: str, row: Expr, n: Expr, t: Expr, j: Expr) -> None:
+        """Store one number of a state to row `t` of the result."""
+        value = self.buffers[state][row * self.plan.width + j]
+        index = (t, n, self.direction * self.plan.hidden + j)
+        self.group.give(self.request.anchor, lambda _: value)
+        self.out.store(index, self.group.read(self.request.root, index))
+
+
+@dataclass(frozen=True)
+class _Vector:
+    """Where a cell computes: a row, and units `j` of it.
+
+    Attributes:
+        x: what the input gives a gate.
+    """
+
+    task: _Task
+    row: Expr
+    j: Expr
+    x: Callable[[int], Expr]
+
+    def _place(self, gate: int) -> list[Expr]:
+        return [(self.row * self.task.plan.gates + gate) * self.task.plan.width + self.j]
+
+    def sum(self, gate: int) -> Expr:
+        """What the state gives a gate, or what was kept for it."""
+        return self.task.buffers["sums"][tuple(self._place(gate))]
+
+    def keep_gate(self, gate: int, value: Expr) -> None:
+        """Keep a gate in place of its sum, for the next phase."""
+        T.buffer_store(self.task.buffers["sums"], value, self._place(gate))
+
+    def state(self, name: str) -> Expr:
+        """A part of a state in scratch."""
+        return self.task.buffers[name][self.row * self.task.plan.width + self.j]
+
+    def keep(self, name: str, value: Expr) -> None:
+        """Store the same."""
+        T.buffer_store(self.task.buffers[name], value, [self.row * self.task.plan.width + self.j])
+
+    def constant(self) -> Expr:
+        """The bias of the state's part of a GRU's new gate; 0 without one."""
+        task = self.task
+        if len(task.constants) == 1:
+            return f32(0.0)
+        return task.constants[1][task.direction * task.plan.width + self.j]
+
+
+def _lstm(task: _Task, t: Expr) -> None:
+    to_gate, to_cell, to_state = task.functions
+    task.multiply(0, "h")
+
+    def cell(at: _Vector) -> None:
+        i, f, g, o = (at.sum(gate) + at.x(gate) for gate in range(4))
+        c = M.share(to_gate(f) * at.state("c") + to_gate(i) * to_cell(g))
+        at.keep("c", c)
+        at.keep("h", to_gate(o) * to_state(c))
+
+    task.update(t, range(4), cell)
+
+
+def _gru(task: _Task, t: Expr) -> None:
+    to_gate, to_new = task.functions
+    after = bool(task.call["reset_after"])
+
+    def gate(at: _Vector, number: int) -> Expr:
+        return to_gate(at.sum(number) + at.x(number))
+
+    def mix(at: _Vector, z: Expr, new: Expr) -> None:
+        new = M.share(new)
+        at.keep("h", new + z * (at.state("h") - new))
+
+    def whole(at: _Vector) -> None:
+        r, z = gate(at, 0), gate(at, 1)
+        mix(at, z, to_new(at.x(2) + r * (at.sum(2) + at.constant())))
+
+    def first(at: _Vector) -> None:
+        at.keep("reset", gate(at, 0) * at.state("h"))
+        at.keep_gate(1, gate(at, 1))
+
+    def second(at: _Vector) -> None:
+        mix(at, at.sum(1), to_new(at.sum(2) + at.x(2)))
+
+    task.multiply(0, "h")
+    if after:
+        task.update(t, range(3), whole)
+        return
+    task.update(t, range(2), first, result=False)
+    task.multiply(1, "reset")
+    task.update(t, range(2, 3), second)
+
+
+def _rnn(task: _Task, t: Expr) -> None:
+    (function,) = task.functions
+    task.multiply(0, "h")
+    task.update(t, range(1), lambda at: at.keep("h", function(at.sum(0) + at.x(0))))
