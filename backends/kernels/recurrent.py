@@ -34,6 +34,8 @@ from graphopt.ops.recurrent import ACTIVATIONS, GATES
 
 _BAND = 4096
 """Floats of scratch that a task may take, where its weights can be read again for another one."""
+_TASKS = 4
+"""Tasks, at least, where there are enough rows."""
 _CELL_FLOPS = {"lstm": 9, "gru": 9, "rnn": 2}
 """Operations beside the products, a function counted as one."""
 _ONE_ROW_VECTORS = 8
@@ -111,7 +113,7 @@ def plan(
     tiles = -(-batch // rows)
     scratch = (sum(phases) + len(phases) + keeps_cell) * blocks * isa.block * rows
     if sum(panel.size for panel in panels) * 4 <= target.l2_bytes // 2:
-        largest = max(1, _BAND // scratch)
+        largest = max(1, min(_BAND // scratch, -(-tiles * directions // _TASKS)))
     else:
         # Weights from memory are for as many rows as there are.
         largest = -(-tiles // (1 if directions == 2 else 2))
