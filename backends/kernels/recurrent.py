@@ -373,42 +373,38 @@ def _lstm(task: _Task, t: Expr) -> None:
 
     def cell(at: _Vector) -> None:
         i, f, g, o = (at.sum(gate) + at.x(gate) for gate in range(4))
-        c = M.share(to_gate(f) * at.state("c") + to_gate(i) * to_cell(g))
-        at.keep("c", c)
-        at.keep("h", to_gate(o) * to_state(c))
+        at.keep_gate(3, to_gate(o))
+        at.keep("c", to_gate(f) * at.state("c") + to_gate(i) * to_cell(g))
 
-    task.update(t, range(4), cell)
+    def state(at: _Vector) -> None:
+        at.keep("h", at.sum(3) * to_state(at.state("c")))
+
+    # One after the other they would be a chain twice as long, of which fewer fit the queues.
+    task.update(t, range(4), cell, result=False)
+    task.update(t, range(0), state)
 
 
 def _gru(task: _Task, t: Expr) -> None:
     to_gate, to_new = task.functions
     after = bool(task.call["reset_after"])
 
-    def gate(at: _Vector, number: int) -> Expr:
-        return to_gate(at.sum(number) + at.x(number))
+    def gates(at: _Vector) -> None:
+        r, z = (M.share(to_gate(at.sum(gate) + at.x(gate))) for gate in range(2))
+        at.keep_gate(1, z)
+        if after:
+            at.keep_gate(2, r * (at.sum(2) + at.constant()))
+        else:
+            at.keep("reset", r * at.state("h"))
 
-    def mix(at: _Vector, z: Expr, new: Expr) -> None:
-        new = M.share(new)
+    def state(at: _Vector) -> None:
+        z, new = at.sum(1), M.share(to_new(at.sum(2) + at.x(2)))
         at.keep("h", new + z * (at.state("h") - new))
 
-    def whole(at: _Vector) -> None:
-        r, z = gate(at, 0), gate(at, 1)
-        mix(at, z, to_new(at.x(2) + r * (at.sum(2) + at.constant())))
-
-    def first(at: _Vector) -> None:
-        at.keep("reset", gate(at, 0) * at.state("h"))
-        at.keep_gate(1, gate(at, 1))
-
-    def second(at: _Vector) -> None:
-        mix(at, at.sum(1), to_new(at.sum(2) + at.x(2)))
-
     task.multiply(0, "h")
-    if after:
-        task.update(t, range(3), whole)
-        return
-    task.update(t, range(2), first, result=False)
-    task.multiply(1, "reset")
-    task.update(t, range(2, 3), second)
+    task.update(t, range(2), gates, result=False)
+    if not after:
+        task.multiply(1, "reset")
+    task.update(t, range(2, 3), state)
 
 
 def _rnn(task: _Task, t: Expr) -> None:
