@@ -16,10 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from torch import fx
-from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from graphopt import graph as G
 from graphopt.backends.isa.base import Isa
 from graphopt.backends.kernels.base import KernelSource, Request
 from graphopt.backends.kernels.builder import View, f32, fence, loop, unflatten
@@ -207,6 +205,7 @@ class _Task:
     ) -> None:  # fmt: skip
         self.plan, self.request, self.constants = chosen, request, constants
         self.call, self.out, self.group, self.direction = request.call, out, group, direction
+        self.odd: Expr = 0
         self.functions = [ACTIVATIONS[name][1] for name in self.call["activations"]]
         self.first_tile, self.tiles = span(chosen.bands, band)
         ends = list(chosen.places.values())[1:]
@@ -222,6 +221,7 @@ class _Task:
         for state in ("h", "c") if chosen.keeps_cell else ("h",):
             self._start(state, starts.get(state))
         with loop(chosen.steps) as step:
+            self.odd = step % 2
             make(self, self._time(step))
         if chosen.keeps_cell:
             self._each_row(self._store_cell)
@@ -260,24 +260,32 @@ class _Task:
 
     def multiply(self, phase: int, source: str) -> None:
         """The sums of a phase's gates: a state in scratch times the weights."""
-        chosen = self.plan
-        panels = chosen.panels[phase]
+        chosen, panels = self.plan, self.plan.panels[phase]
         sizes = [each.size for each in chosen.panels]
         base = self.direction * sum(sizes) + sum(sizes[:phase])
-        first_gate = sum(chosen.phases[:phase])
-        weights, width = self.constants[0], chosen.width
+        first_gate, width = sum(chosen.phases[:phase]), chosen.width
+        count, depth = panels.columns // panels.width, panels.depth
+        turns = chosen.rows == 1 and panels.columns % panels.width == 0
 
-        def store(t: Expr, r: int, first: Expr, count: int, value: Callable[[Expr], Expr]) -> None:
+        def turned(number: Expr, total: int) -> Expr:
+            """A single row reads its weights forth and back: what it has read last is still in the
+            first-level cache."""
+            return number + self.odd * (total - 1 - 2 * number) if turns else number
+
+        def right(panel: Expr, k: Expr, column: Expr) -> Expr:
+            place = panels.inside(turned(panel, count), turned(k, depth), column)
+            return self.constants[0][base + place]
+
+        def left(t: Expr, r: int, k: Expr) -> Expr:
+            return self.buffers[source][(t * chosen.rows + r) * width + turned(k, depth)]
+
+        def store(t: Expr, r: int, first: Expr, lanes: int, value: Callable[[Expr], Expr]) -> None:
             row = (t * chosen.rows + r) * chosen.gates + first_gate
-            with loop(count, "vectorized") as lane:
-                T.buffer_store(self.buffers["sums"], value(lane), [row * width + first + lane])
+            column = turned(first // panels.width, count) * panels.width + first % panels.width
+            with loop(lanes, "vectorized") as lane:
+                T.buffer_store(self.buffers["sums"], value(lane), [row * width + column + lane])
 
-        emit_product(
-            panels, lambda panel, k, column: weights[base + panels.inside(panel, k, column)],
-            chosen.rows, self.tiles,
-            lambda t, r, k: self.buffers[source][(t * chosen.rows + r) * width + k], store,
-            by_lane=chosen.by_lane,
-        )  # fmt: skip
+        emit_product(panels, right, chosen.rows, self.tiles, left, store, by_lane=chosen.by_lane)
         fence(chosen.fence)
 
     def update(self, t: Expr, gates: range, cell: Callable[[_Vector], None], *,

@@ -79,9 +79,7 @@ def _gates(x: Tensor, weights: _Weights, bias: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(x, weights.of_inputs, flat)
 
 
-def _lstm_layer(
-    x: Tensor, weights: _Weights, states: list[Tensor]
-) -> tuple[Tensor, list[Tensor]]:
+def _lstm_layer(x: Tensor, weights: _Weights, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     bias = None if weights.biases is None else weights.biases[0] + weights.biases[1]
     steps, batch, _ = x.shape
     activations = ["sigmoid", "tanh", "tanh"]
@@ -91,9 +89,7 @@ def _lstm_layer(
     return result[:steps], [cell]
 
 
-def _gru_layer(
-    x: Tensor, weights: _Weights, states: list[Tensor]
-) -> tuple[Tensor, list[Tensor]]:
+def _gru_layer(x: Tensor, weights: _Weights, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     hidden = weights.of_state.shape[2]
     bias, own = None, None
     if weights.biases is not None:
@@ -106,9 +102,7 @@ def _gru_layer(
 
 
 def _rnn_layer(activation: str) -> _Layer:
-    def layer(
-        x: Tensor, weights: _Weights, states: list[Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
+    def layer(x: Tensor, weights: _Weights, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         bias = None if weights.biases is None else weights.biases[0] + weights.biases[1]
         gates = _gates(x, weights, bias)
         return recurrent.rnn(gates, weights.of_state, *states, False, [activation]), []
@@ -128,9 +122,7 @@ def _rule(operator: Any, layer: _Layer) -> Callable[..., Any]:
         if projects or (train and dropout):
             return written_out(x, hx, params, has_biases, num_layers, dropout, train,
                                bidirectional, batch_first)  # fmt: skip
-        return _layers(
-            x, states, params, has_biases, num_layers, bidirectional, batch_first, layer
-        )
+        return _layers(x, states, params, has_biases, num_layers, bidirectional, batch_first, layer)
 
     return rule
 

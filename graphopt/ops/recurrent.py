@@ -10,6 +10,8 @@ Shapes, for T steps, a batch of N, D directions (1 or 2) and a state of H number
 - `gates` [T, N, D·G·H], G gates of each direction: input, forget, cell and output of an LSTM (4),
   reset, update and new of a GRU (3), 1 of a simple layer. Biases are in it.
 - `weight` [D, G·H, H]: what the state is multiplied with, gates in the same order.
+- `bias` [D, H] of a GRU: added to the state's part of the new gate before the reset gate is
+  multiplied with it, which is with `reset_after` only.
 - `h0`, `c0` [D, N, H]: states before the first step; zeros if None.
 - `reverse`: the one direction goes from the last step to the first. Of two, the second one does.
 - `activations`: names out of `ACTIVATIONS`, in ONNX's order.
@@ -28,6 +30,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tvm import tirx
 
 from graphopt.ops import math as m
 from graphopt.ops.opdef import Call, Expr, Kind, OpDef, Sample
@@ -38,12 +41,21 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Expr], Expr]]
     "sigmoid": (torch.sigmoid, m.sigmoid),
     "tanh": (torch.tanh, m.tanh),
     "relu": (torch.relu, m.relu),
+    "hardsigmoid": (
+        lambda x: torch.clamp(0.2 * x + 0.5, 0, 1),
+        lambda x: m.at_least(m.at_most(x * m.const(0.2) + m.const(0.5), 1.0), 0.0),
+    ),
+    "softsign": (
+        torch.nn.functional.softsign,
+        lambda x: x / (m.const(1.0) + tirx.abs(x)),
+    ),
 }
-"""Each as PyTorch computes it, and as kernels do."""
+"""Each as PyTorch computes it, and as kernels do. The hard sigmoid is ONNX's, and Keras's."""
 
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 
-_LIBRARY = torch.library.Library("graphopt", "FRAGMENT")
+_library: Any = torch.library.Library
+_LIBRARY: Any = _library("graphopt", "FRAGMENT")
 _LIBRARY.define(
     "lstm(Tensor gates, Tensor weight, Tensor? h0, Tensor? c0, bool reverse, str[] activations)"
     " -> Tensor"
@@ -120,7 +132,8 @@ def _gru(
             sums = (h @ weight[: 2 * hidden].T).reshape(len(h), 2, hidden)
             r, z = to_gate(x[:, :2] + sums).unbind(1)
             last = weight[2 * hidden :].T
-            own = r * (h @ last + (0 if bias is None else bias[d])) if reset_after else (r * h) @ last
+            own_bias = 0 if bias is None else bias[d]
+            own = r * (h @ last + own_bias) if reset_after else (r * h) @ last
             return [(1 - z) * to_new(x[:, 2] + own) + z * h]
 
         return step
@@ -145,17 +158,19 @@ def _shape(name: str) -> Callable[..., Tensor]:
     def rule(gates: Tensor, weight: Tensor, *rest: Any) -> Tensor:
         steps, batch, columns = gates.shape
         directions, rows, hidden = weight.shape
-        torch._check(rows == GATES[name] * hidden, lambda: f"weight is {tuple(weight.shape)}")
-        torch._check(
-            columns == directions * rows,
-            lambda: f"gates have {columns} columns, weight is {tuple(weight.shape)}",
-        )
+        if rows != GATES[name] * hidden:
+            raise ValueError(f"the recurrent weight is {tuple(weight.shape)}")
+        if columns != directions * rows:
+            raise ValueError(f"gates have {columns} columns, not {directions * rows}")
+        wanted = (directions, batch, hidden)
         states = {"lstm": rest[:2], "gru": rest[1:2], "rnn": rest[:1]}[name]
         for state in states:
-            torch._check(
-                state is None or tuple(state.shape) == (directions, batch, hidden),
-                lambda: f"a state is {tuple(state.shape)}, not {(directions, batch, hidden)}",
-            )
+            if state is not None and tuple(state.shape) != wanted:
+                raise ValueError(f"a state is {tuple(state.shape)}, not {wanted}")
+        if name == "gru":
+            bias, _, _, reset_after, _ = rest
+            if bias is not None and not (reset_after and tuple(bias.shape) == wanted[::2]):
+                raise ValueError("only with reset_after there is a bias [D, H]")
         return gates.new_empty(steps + (name == "lstm"), batch, directions * hidden)
 
     return rule
@@ -190,7 +205,9 @@ def _sample(
             torch.randn(directions, batch, hidden, generator=g) if states else None
             for _ in range(1 + (name == "lstm"))
         ]
-        bias = [torch.randn(directions, hidden, generator=g)] if name == "gru" else []
+        after = name == "gru" and rest[1]
+        own = torch.randn(directions, hidden, generator=g) if after else None
+        bias = [own] if name == "gru" else []
         return (x, weight, *bias, *start, *rest)
 
     # Rounding errors of a step go through the functions of all later ones.

@@ -153,8 +153,9 @@ def test_other_functions() -> None:
     b = Builder(9)
     gates, weight = b.input(b.random(3, 2, 36)), b.constant(b.random(1, 36, 9) / 3)
     b.returns(b.op(recurrent.lstm, gates, weight, None, None, False, ["relu", "tanh", "sigmoid"]))
-    gates, weight = b.input(b.random(3, 2, 9)), b.constant(b.random(1, 9, 9) / 3)
-    b.returns(b.op(recurrent.rnn, gates, weight, None, False, ["relu"]))
+    for function in recurrent.ACTIVATIONS:
+        gates, weight = b.input(b.random(3, 2, 9)), b.constant(b.random(1, 9, 9) / 3)
+        b.returns(b.op(recurrent.rnn, gates, weight, None, False, [function]))
     check(b, tolerance=TOLERANCE)
 
 
@@ -174,9 +175,11 @@ def test_shapes_that_do_not_fit() -> None:
     functions = ["tanh"]
     rnn = recurrent.rnn
     assert rnn(shape(3, 2, 10), shape(2, 5, 5), None, False, functions).shape == (3, 2, 10)
-    with pytest.raises(RuntimeError, match=r"weight is \(2, 6, 5\)"):
+    with pytest.raises(ValueError, match=r"weight is \(2, 6, 5\)"):
         rnn(shape(3, 2, 12), shape(2, 6, 5), None, False, functions)
-    with pytest.raises(RuntimeError, match="gates have 9 columns"):
+    with pytest.raises(ValueError, match="gates have 9 columns"):
         rnn(shape(3, 2, 9), shape(2, 5, 5), None, False, functions)
-    with pytest.raises(RuntimeError, match=r"a state is \(2, 3, 5\), not \(2, 2, 5\)"):
+    with pytest.raises(ValueError, match=r"a state is \(2, 3, 5\), not \(2, 2, 5\)"):
         rnn(shape(3, 2, 10), shape(2, 5, 5), shape(2, 3, 5), False, functions)
+    with pytest.raises(ValueError, match="only with reset_after"):
+        recurrent.gru(shape(3, 2, 15), shape(1, 15, 5), shape(1, 5), None, False, False, functions)

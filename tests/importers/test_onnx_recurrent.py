@@ -20,7 +20,7 @@ GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 OPERATORS = list(GATES)
 TOLERANCE = 2e-6
 """Relative to the largest output: a few roundings, which go through three steps."""
-T, N, I, H = 3, 2, 5, 4
+STEPS, BATCH, INPUTS, HIDDEN = 3, 2, 5, 4
 
 
 def model(
@@ -40,14 +40,15 @@ def model(
         attributes: others.
     """
     d, g = 1 + (direction == "bidirectional"), GATES[op]
-    state = (N, d, H) if layout else (d, N, H)
+    state = (BATCH, d, HIDDEN) if layout else (d, BATCH, HIDDEN)
     known = {
-        "W": floats(d, g * H, I, seed=1) / 2, "R": floats(d, g * H, H, seed=2) / 2,
-        "B": floats(d, 2 * g * H, seed=3), "initial_h": floats(*state, seed=4),
-        "initial_c": floats(*state, seed=5), "P": floats(d, 3 * H, seed=6),
+        "W": floats(d, g * HIDDEN, INPUTS, seed=1) / 2,
+        "R": floats(d, g * HIDDEN, HIDDEN, seed=2) / 2,
+        "B": floats(d, 2 * g * HIDDEN, seed=3), "initial_h": floats(*state, seed=4),
+        "initial_c": floats(*state, seed=5), "P": floats(d, 3 * HIDDEN, seed=6),
         "sequence_lens": np.array(lengths or [], np.int32),
     }  # fmt: skip
-    x = {"X": floats(N, T, I) if layout else floats(T, N, I)}
+    x = {"X": floats(BATCH, STEPS, INPUTS) if layout else floats(STEPS, BATCH, INPUTS)}
     there = ["X", "W", "R", *given.split()]
     order = ["X", "W", "R", "B", "sequence_lens", "initial_h", "initial_c", "P"]
     if lengths is not None:
@@ -60,7 +61,7 @@ def model(
     outputs = [n if n in used.split() else "" for n in ("Y", "Y_h", "Y_c")[: 2 + (op == "LSTM")]]
     if layout:
         attributes["layout"] = layout
-    node = helper.make_node(op, names, outputs, "layer", direction=direction, hidden_size=H,
+    node = helper.make_node(op, names, outputs, "layer", direction=direction, hidden_size=HIDDEN,
                             **attributes)  # fmt: skip
     return graph_model([node], inputs, constants, [n for n in outputs if n], 17), inputs
 
@@ -89,7 +90,7 @@ def test_reset_gate(direction: str, before: int) -> None:
 ACTIVATIONS = [
     ("LSTM", ["Sigmoid", "Tanh", "Tanh"]), ("LSTM", ["Sigmoid", "Relu", "Sigmoid"]),
     ("GRU", ["Sigmoid", "Relu"]), ("GRU", ["Tanh", "Sigmoid"]), ("RNN", ["Relu"]),
-    ("RNN", ["Sigmoid"]),
+    ("RNN", ["Sigmoid"]), ("RNN", ["Softsign"]), ("LSTM", ["HardSigmoid", "Tanh", "Softsign"]),
 ]  # fmt: skip
 
 
@@ -102,7 +103,7 @@ def test_activations(op: str, functions: list[str]) -> None:
 
 @pytest.mark.parametrize("op", OPERATORS)
 def test_sequences_as_long_as_the_input(op: str) -> None:
-    assert_same(*model(op, lengths=[T, T]), TOLERANCE)
+    assert_same(*model(op, lengths=[STEPS, STEPS]), TOLERANCE)
 
 
 @pytest.mark.parametrize("op", OPERATORS)
@@ -125,8 +126,8 @@ def test_batch_first(op: str, direction: str) -> None:
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 def test_exported_by_pytorch(kind: type[nn.RNNBase], tmp_path: Any) -> None:
     torch.manual_seed(0)
-    layer = kind(I, H, 2, bidirectional=True, batch_first=True).eval()
-    x, path = torch.from_numpy(floats(N, T, I)), tmp_path / "layer.onnx"
+    layer = kind(INPUTS, HIDDEN, 2, bidirectional=True, batch_first=True).eval()
+    x, path = torch.from_numpy(floats(BATCH, STEPS, INPUTS)), tmp_path / "layer.onnx"
     torch.onnx.export(layer, (x,), path, dynamo=False, opset_version=17)
     with torch.no_grad():
         y, states = layer(x)
@@ -143,12 +144,16 @@ def refusal(op: str, **kwargs: Any) -> str:
 
 def test_what_is_not_supported_is_named() -> None:
     text = refusal("LSTM", given="P", lengths=[3, 2], clip=1.5, input_forget=1,
-                   activations=["HardSigmoid", "Tanh", "Softsign"])  # fmt: skip
+                   activations=["Elu", "Tanh", "Affine"])  # fmt: skip
     assert "ONNX node 'layer' (LSTM): not supported: " in text
-    for reason in ("activation HardSigmoid", "activation Softsign", "peepholes (P)", "clip = 1.5",
-                   "sequences shorter than the input (sequence_lens)", "input_forget = 1"):  # fmt: skip
-        assert reason in text
+    reasons = [
+        *("activation Elu", "activation Affine", "peepholes (P)", "clip = 1.5"),
+        *("sequences shorter than the input (sequence_lens)", "input_forget = 1"),
+    ]
+    assert all(reason in text for reason in reasons), text
     text = refusal("RNN", direction="bidirectional", activations=["Tanh", "Relu"])
     assert "activations ['Tanh', 'Relu']" in text
+    text = refusal("GRU", activations=["HardSigmoid", "Tanh"], activation_alpha=[0.3])
+    assert "activation_alpha = [0.3" in text
     text = refusal("GRU", direction="sideways")
     assert "direction 'sideways'" in text

@@ -23,6 +23,9 @@ _DEFAULTS = {
     "LSTM": ["Sigmoid", "Tanh", "Tanh"], "GRU": ["Sigmoid", "Tanh"], "RNN": ["Tanh"],
 }  # fmt: skip
 
+_HARD_SIGMOID = {"activation_alpha": 0.2, "activation_beta": 0.5}
+"""The one that there is."""
+
 
 @dataclass(frozen=True)
 class _Layer:
@@ -147,6 +150,11 @@ def _activations(node: OnnxNode, directions: int) -> tuple[list[str], list[str]]
     ]
     if own * directions != names and not strange:
         strange.append(f"activations {names}")
+    if "HardSigmoid" in names:
+        for name, value in _HARD_SIGMOID.items():
+            given = [float(number) for number in node.attributes.get(name, ())]
+            if any(abs(number - value) > 1e-6 for number in given):
+                strange.append(f"{name} = {given}")
     return [name.lower() for name in own], strange
 
 
