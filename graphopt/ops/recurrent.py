@@ -211,7 +211,7 @@ def _sample(
         return (x, weight, *bias, *start, *rest)
 
     # Rounding errors of a step go through the functions of all later ones.
-    return Sample(make, ulp=32, constants=(1, 2) if name == "gru" else (1,))
+    return Sample(make, ulp=8, constants=(1, 2) if name == "gru" else (1,))
 
 
 _LSTM = ["sigmoid", "tanh", "tanh"]

@@ -16,7 +16,7 @@ from graphopt.errors import UnsupportedError
 from graphopt.ops import recurrent
 from tests.backends.harness import Builder, aten, check, origins
 
-TOLERANCE = 4e-6
+TOLERANCE = 2e-6
 """Relative to the largest output. A rounding error of a step goes through all later ones; weights
 of 1/√H neither let it grow nor die out."""
 

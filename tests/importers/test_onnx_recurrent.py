@@ -18,7 +18,7 @@ from tests.importers.onnx_cases import assert_same, floats, graph_model, run_imp
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 OPERATORS = list(GATES)
-TOLERANCE = 2e-6
+TOLERANCE = 1e-6
 """Relative to the largest output: a few roundings, which go through three steps."""
 STEPS, BATCH, INPUTS, HIDDEN = 3, 2, 5, 4
 

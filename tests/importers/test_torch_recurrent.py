@@ -17,9 +17,9 @@ from graphopt.importers import import_model
 from graphopt.ops import recurrent
 from tests.importers.onnx_cases import check_form
 
-TOLERANCE = 2e-6
+TOLERANCE = 1e-6
 """Largest difference: a few roundings of numbers up to 1, which go through four steps."""
-COMPILED_TOLERANCE = 4e-6
+COMPILED_TOLERANCE = 2e-6
 
 KINDS = {
     "LSTM": (nn.LSTM, recurrent.lstm), "GRU": (nn.GRU, recurrent.gru),
