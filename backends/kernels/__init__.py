@@ -8,11 +8,12 @@ from graphopt.backends.kernels.conv_fold import lower_fold
 from graphopt.backends.kernels.linear import lower_linear
 from graphopt.backends.kernels.matmul import lower_attention, lower_matmul
 from graphopt.backends.kernels.pool import lower_pool
+from graphopt.backends.kernels.recurrent import lower_recurrent
 from graphopt.backends.kernels.resize import lower_resize
 from graphopt.backends.kernels.rows import lower_layer_norm, lower_softmax
 from graphopt.backends.kernels.transposed import lower_transposed
 
-GENERATOR_VERSION = 6
+GENERATOR_VERSION = 7
 """To be raised when kernels get faster or slower: what was tuned before then no longer counts."""
 
 GENERATORS: dict[str, tuple[Generator, ...]] = {
@@ -24,6 +25,9 @@ GENERATORS: dict[str, tuple[Generator, ...]] = {
     "layer_norm": (lower_layer_norm,),
     "attention": (lower_attention,),
     "upsample_linear": (lower_resize,),
+    "lstm": (lower_recurrent,),
+    "gru": (lower_recurrent,),
+    "rnn": (lower_recurrent,),
     "max_pool2d": (lower_pool,),
     "avg_pool2d": (lower_pool,),
 }

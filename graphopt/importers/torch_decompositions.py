@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch._decomp import get_decompositions
 
+from graphopt.importers import torch_recurrent
+
 aten = torch.ops.aten
 
 KEPT: tuple[Any, ...] = (
@@ -85,6 +87,7 @@ def _full_like(
 EXTRA: dict[Any, Callable[..., Any]] = {
     aten.linalg_vector_norm.default: _vector_norm,
     aten.full_like.default: _full_like,
+    **torch_recurrent.RULES,
     **get_decompositions([aten.native_group_norm.default, aten._log_softmax.default]),
 }
 

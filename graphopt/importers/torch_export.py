@@ -256,6 +256,8 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
+            # Recurrent layers keep a list of their weights, which is no state.
+            warnings.filterwarnings("ignore", r"The tensor attributes? .*_flat_weights")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

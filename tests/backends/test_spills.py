@@ -15,6 +15,7 @@ from torch import fx
 
 from graphopt import graph as G
 from graphopt.backends.target import get_target
+from graphopt.ops import recurrent
 from tests.backends.harness import Builder, aten
 from tests.backends.loops import Layer, assembly_of, loops_of, product_loops
 
@@ -36,6 +37,24 @@ def linear(columns: int) -> Layer:
 def transposed(b: Builder, x: fx.Node) -> fx.Node:
     weight = b.constant(b.random(G.shape(x)[1], 32, 2, 2))
     return b.op(aten.convolution.default, x, weight, None, [2, 2], [0, 0], [1, 1], True, [0, 0], 1)
+
+
+def lstm(b: Builder, x: fx.Node) -> fx.Node:
+    """Of gates for both directions."""
+    hidden = G.shape(x)[-1] // 8
+    weight = b.constant(b.random(2, 4 * hidden, hidden) / hidden**0.5)
+    functions = ["sigmoid", "tanh", "tanh"]
+    return b.op(recurrent.lstm, x, weight, None, None, False, functions)
+
+
+def gru(reset_after: bool) -> Layer:
+    def layer(b: Builder, x: fx.Node) -> fx.Node:
+        hidden = G.shape(x)[-1] // 6
+        weight = b.constant(b.random(2, 3 * hidden, hidden) / hidden**0.5)
+        functions = ["sigmoid", "tanh"]
+        return b.op(recurrent.gru, x, weight, None, None, False, reset_after, functions)
+
+    return layer
 
 
 def chain(b: Builder, x: fx.Node) -> fx.Node:
@@ -147,6 +166,11 @@ CASES = {
     "Winograd to 40": Case(
         "winograd F(4×4,3×3) 8×13", conv(40, 3, 3, padding=1), (1, 40, 28, 28), "relu"
     ),
+    "lstm, one row": Case("lstm 64×1", lstm, (5, 1, 8 * 128), "relu", PLAIN),
+    "lstm, a batch": Case("lstm 16×4", lstm, (5, 32, 8 * 48), "relu silu", PLAIN),
+    "lstm, three rows": Case("lstm 24×3", lstm, (5, 3, 8 * 40), "relu", PLAIN),
+    "gru, one row": Case("gru 64×1", gru(True), (5, 1, 6 * 128), "relu", PLAIN),
+    "gru, reset before": Case("gru 16×4", gru(False), (5, 32, 6 * 48), "relu", PLAIN),
 }  # fmt: skip
 
 
