@@ -127,9 +127,11 @@ def emit_turned(turned: Turned, root: fx.Node, task: Expr, out: View, group: Gro
     with T.serial(0, -(-width // lanes)) as j, T.serial(0, (count + lanes - 1) // lanes) as i:
         row = share(first + tirx.min(i * lanes, count - lanes))
         column = share(tirx.min(j * lanes, width - lanes))
-        values = transposed(
-            lanes, lambda r, lane, row=row, column=column: read(row + lane, column + r)
-        )
+
+        def element(r: int, lane: Expr, row: Expr = row, column: Expr = column) -> Expr:
+            return read(row + lane, column + r)
+
+        values = transposed(lanes, element)
         for r in range(lanes):
             with T.vectorized(0, lanes) as lane:
                 store(row + r, column + lane, values[r * lanes + lane])
