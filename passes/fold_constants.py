@@ -79,7 +79,7 @@ class FoldConstants(Pass):
             return "its result is random"
         if target._schema.is_mutable:
             return "it writes into its input"
-        if target.namespace != "aten":
+        if target.namespace not in ("aten", "graphopt"):
             return "quantized constants stay integers"
         # Constants that others read too are kept, so they do not pay for the result.
         freed = sum(_bytes(source) for source in node.all_input_nodes if len(source.users) == 1)
