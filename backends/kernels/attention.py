@@ -32,7 +32,7 @@ from graphopt.backends.kernels.product import (
     tile_row,
     transposed,
 )
-from graphopt.backends.kernels.tiling import LINE, Split, split
+from graphopt.backends.kernels.tiling import LINE, Split, places_of, split
 from graphopt.ops import math as M
 from graphopt.ops.opdef import Expr
 
@@ -105,19 +105,10 @@ class AttentionPlan:
     def places(self) -> dict[str, int]:
         """Where each part of scratch begins, in floats; `end` is where all ends."""
         band = self.band * self.rows
-        sizes = {
-            "keys": self.key_panels.size,
-            "values": self.value_panels.size,
-            "scores": band * self.row,
-            "bases": band,
-            "shares": band,
-            "end": 0,
-        }
-        places, end = {}, 0
-        for name, size in sizes.items():
-            places[name] = end
-            end += -(-size // LINE) * LINE
-        return places
+        return places_of({
+            "keys": self.key_panels.size, "values": self.value_panels.size,
+            "scores": band * self.row, "bases": band, "shares": band,
+        })  # fmt: skip
 
 
 def plan(

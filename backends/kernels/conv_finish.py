@@ -17,6 +17,7 @@ from graphopt.ops.math import share
 from graphopt.ops.opdef import Expr
 
 _BAND_BYTES = 2048
+"""Sums that wait for a long epilogue."""
 
 
 def finish(

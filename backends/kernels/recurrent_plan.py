@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from graphopt.backends.isa.base import Isa
 from graphopt.backends.kernels.product import Panels, choose_rows
-from graphopt.backends.kernels.tiling import LINE, Split, split
+from graphopt.backends.kernels.tiling import Split, places_of, split
 from graphopt.backends.target import Target
 
 _BAND = 4096
@@ -65,14 +65,10 @@ class RecurrentPlan:
     def places(self) -> dict[str, int]:
         """Where each part of scratch begins, in floats; `end` is where all ends."""
         state = self.bands.size * self.rows * self.width
-        sizes = {"sums": self.gates * state, "h": state, "c": state * self.keeps_cell,
-                 "reset": state * (len(self.phases) - 1), "tail": self.gates * self.block,
-                 "end": 0}  # fmt: skip
-        places, end = {}, 0
-        for name, size in sizes.items():
-            places[name] = end
-            end += -(-size // LINE) * LINE
-        return places
+        return places_of({
+            "sums": self.gates * state, "h": state, "c": state * self.keeps_cell,
+            "reset": state * (len(self.phases) - 1), "tail": self.gates * self.block,
+        })  # fmt: skip
 
 
 def plan(

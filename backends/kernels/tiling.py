@@ -97,6 +97,15 @@ def best_tiles(blocks: int, pixels: int, isa: Isa, block: int) -> tuple[Tile, ..
     return tuple(Tile(vectors, tile_pixels) for _, _, vectors, tile_pixels in best)
 
 
+def places_of(sizes: dict[str, int]) -> dict[str, int]:
+    """Where each part of scratch begins, in floats, on a cache line; `end` is where all ends."""
+    places, end = {}, 0
+    for name, size in sizes.items():
+        places[name] = end
+        end += -(-size // LINE) * LINE
+    return places | {"end": end}
+
+
 def together(isa: Isa) -> int:
     """Blocks of channels whose long epilogue is computed in turn, a statement of each at a time."""
     return max(1, TOGETHER * isa.lanes() // isa.block)
