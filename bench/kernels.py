@@ -50,7 +50,6 @@ from graphopt.runtime.artifact import build_artifact
 from graphopt.runtime.load import LoadedModel, load
 from graphopt.runtime.profile import profile_steps
 
-WINOGRAD = {f"F({m})": m for m in (2, 3, 4)}
 CACHES = 64 << 20
 """Bytes to read for the weights to leave the caches."""
 
@@ -85,18 +84,18 @@ class Candidate:
 
 
 def algorithm_of(generator: str) -> str:
-    """`F(2)` and the like, or the generator's name."""
-    winograd = re.match(r"winograd F\((\d)", generator)
-    return f"F({winograd[1]})" if winograd else generator.split()[0]
+    """`F(2×2,3×3)` and the like, or the generator's name."""
+    name, *rest = generator.split()
+    return rest[0] if name == "winograd" else name
 
 
-def own_flops(layer: Layer, name: str, flops: int, target: Target) -> int:
+def own_flops(layer: Layer, generator: str, flops: int, target: Target) -> int:
     """Operations of the kernel: Winograd's are those of its products and transforms."""
     spec = layer.conv_spec
-    if name not in WINOGRAD or spec is None:
+    if not generator.startswith("winograd") or spec is None:
         return flops
     plans = winograd_plan.plans(spec, target.isa, target.l2_bytes, target.cores)
-    return next(spec.groups * plan.operations for plan in plans if plan.m == WINOGRAD[name])
+    return next(spec.groups * p.operations for p in plans if p.describe() == generator)
 
 
 def prepare(layer: Layer, choice: str | None, target: Target, folder: Path) -> Candidate:
@@ -108,7 +107,7 @@ def prepare(layer: Layer, choice: str | None, target: Target, folder: Path) -> C
     artifact = build_artifact(program, target, compile_kernels(program, target), folder)
     step = program.steps[number]
     generator = step.kernel.origin.removesuffix(TUNED)
-    flops = own_flops(layer, algorithm_of(generator), step.flops, target)
+    flops = own_flops(layer, generator, step.flops, target)
     return Candidate(generator, flops, load(artifact.folder, 1), number)
 
 

@@ -191,15 +191,15 @@ def lower_products(request: Request) -> Alternatives | None:
             for each in deep_products(patches.spec, target)
         ] + candidates
     if whole and request.winograd and PLAIN not in layouts and winograd_plan.supports(
-        spec, target.isa.block
+        view.spec, target.isa.block
     ):  # fmt: skip
         sizes = target.isa, target.l2_bytes
         fewer = [
             Candidate(plan.describe(), spec.groups * winograd_plan.cost(plan, *sizes),
                       partial(_winograd, request, view, plan, weight, spec.groups))
-            for plan in winograd_plan.plans(spec, *sizes, target.cores)
+            for plan in winograd_plan.plans(view.spec, *sizes, target.cores)
         ]  # fmt: skip
-        is_faster = fewer[0].cycles < winograd_plan.direct_cost(spec, *sizes)
+        is_faster = fewer[0].cycles < winograd_plan.direct_cost(view.spec, *sizes)
         candidates = [*fewer, *candidates] if is_faster else [*candidates, *fewer]
     key = key_of("convolution", view.spec, request, *layouts)
     return Alternatives(key, tuple(candidates))
@@ -250,7 +250,7 @@ def _winograd(
     request: Request, view: _View, plan: winograd_plan.WinogradPlan, weight: npt.NDArray[Any],
     groups: int,
 ) -> KernelSource:  # fmt: skip
-    """3×3 with fewer products; see `winograd`. The plan is that of one group."""
+    """With fewer products; see `winograd`. The plan is that of one group."""
     call = request.call
     source = call["input"]
     inside, index = view.place(len(call.shape)), view.index(len(call.shape))

@@ -31,6 +31,13 @@ class ConvSpec:
         outputs = self.batch * self.groups * self.ocg * self.out_size[0] * self.out_size[1]
         return 2 * outputs * self.icg * self.kernel[0] * self.kernel[1]
 
+    def met(self, axis: int) -> int:
+        """Taps of rows (axis 0) or columns (1) that meet the input, for all outputs together."""
+        first, step = -self.padding[axis], self.stride[axis]
+        starts = range(first, first + self.out_size[axis] * step, step)
+        taps = range(0, self.kernel[axis] * self.dilation[axis], self.dilation[axis])
+        return sum(0 <= start + tap < self.in_size[axis] for start in starts for tap in taps)
+
 
 @dataclass(frozen=True)
 class Accessors:

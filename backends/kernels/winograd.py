@@ -1,16 +1,18 @@
-"""Winograd convolution F(m×m, 3×3) for stride 1: fewer products, for a transform before and after.
+"""Winograd convolution F(m×n, KH×KW) for stride 1: fewer products, for transforms around them.
 
     Y = Aᵀ [ (G g Gᵀ) ⊙ (Bᵀ d B) ] A            (Lavin and Gray, "Fast Algorithms for Convolutional
                                                  Neural Networks", 2016)
 
-An m×m tile of outputs takes (m+2)² products per pair of channels instead of 9·m². A task works on a
-block of tiles small enough for the second-level cache: it transforms their inputs into scratch,
+An m×n tile of outputs takes (m+KH-1)·(n+KW-1) products per pair of channels instead of m·n·KH·KW:
+36 instead of 144 for 4×4 outputs of a 3×3 kernel, 6 instead of 12 for 1×4 of a 1×3. A task works on
+a block of tiles small enough for the second-level cache: it transforms their inputs into scratch,
 multiplies by each tile of output channels (one small matrix product per transformed place), and
 transforms that back with the epilogue, so that nothing but input and output leaves the cache.
 
 Where tasks take whole images, the last tiles of rows and columns have only the outputs that are
 left and only the places those need: F(r) at a subset of F(m)'s points, with the same weights. Each
-place is then multiplied with the tiles that have it.
+place is then multiplied with the tiles that have it. A dilated kernel meets the pixels of one phase
+of the image only, whose tiles are the same but for the distance between their pixels.
 """
 
 from __future__ import annotations
@@ -39,22 +41,27 @@ from graphopt.backends.kernels.conv_spec import Accessors
 from graphopt.backends.kernels.lanes import multiply, multiply_by_lanes
 from graphopt.backends.kernels.tiling import LINE, TOGETHER, split
 from graphopt.backends.kernels.winograd_plan import WinogradPlan
-from graphopt.backends.kernels.winograd_transforms import KERNEL, kept, transforms, two_sided
+from graphopt.backends.kernels.winograd_transforms import transforms, two_sided
 from graphopt.ops.opdef import Expr
 
 _PANELS_AHEAD = 3
 """How long before their use weights from beyond the second-level cache are asked for."""
+_LONG = 2
+"""How many times a task's tiles a row has where looking for them costs more than divisions."""
 
 
 def pack_weights(weight: npt.NDArray[Any], conv: WinogradPlan) -> npt.NDArray[np.float32]:
-    """Transform `(oc, ic, 3, 3)` weights and pack them in the order in which tasks read them.
+    """Transform the weights, `(oc, ic, …)`, and pack them in the order in which tasks read them.
 
     That is by tiles multiplied at once, place, part of the depth, tile, input channel, channel of
     the tile.
     """
-    _, g, _ = transforms(conv.m)
-    matrix = np.array([[float(v) for v in row] for row in g])
-    spectrum = np.einsum("ai,ocij,bj->aboc", matrix, weight.astype(np.float64), matrix)
+    down, along = (
+        np.array([[float(v) for v in row] for row in transforms(m, kernel)[1]])
+        for m, kernel in zip(conv.m, conv.spec.kernel, strict=True)
+    )
+    taps = weight.reshape(*weight.shape[:2], *conv.spec.kernel).astype(np.float64)
+    spectrum = np.einsum("ai,ocij,bj->aboc", down, taps, along)
     width = conv.width
     padded = np.zeros((conv.places, conv.out_tiles * width, weight.shape[1]), np.float32)
     for place, number in conv.numbers.items():
@@ -130,20 +137,34 @@ class _Tile:
 
 def _tiles(conv: WinogradPlan, part: Expr) -> Iterator[_Tile]:
     """A task's tiles: what the caller emits for each one is within loops over the others."""
-    m, size = conv.m, conv.cut.size
+    spec, size = conv.spec, conv.cut.size
+    steps = [m * d for m, d in zip(conv.m, spec.dilation, strict=True)]
+
+    def start(phase: Expr, y: Expr, x: Expr) -> tuple[Expr, Expr, Expr]:
+        """The image, row and column of a phase's first output."""
+        if spec.dilation == (1, 1):
+            return phase, y * steps[0], x * steps[1]
+        n, row, column = unflatten(phase, [spec.batch, *spec.dilation])
+        return n, y * steps[0] + row, x * steps[1] + column
+
     if not conv.images:
         # Whole rows of tiles, without those of other tasks: LLVM makes poor code of any loops but
         # those of constant length.
         high, wide = conv.grid
         first = part * size
         count = tirx.min(size, conv.cut.total - first)
-        fits = all(extent % m == 0 for extent in conv.spec.out_size)
-        places = tuple(range(m + KERNEL - 1))
+        fits = all(extent % step == 0 for extent, step in zip(spec.out_size, steps, strict=True))
+        places = tuple(range(conv.side[0])), tuple(range(conv.side[1]))
+        if wide >= _LONG * size:
+            with loop(size) as t, T.If(t < count), T.Then():
+                phase, row, column = unflatten(first + t, [conv.phases, high, wide])
+                yield _Tile(*start(phase, row, column), conv.m, fits, lambda i, j: t, places)
+            return
         with loop(min(conv.cut.total, size + 2 * wide - 2) // wide) as y, loop(wide) as column:
             t = y * wide + column - first % wide
             with T.If(tirx.all(t >= 0, t < count)), T.Then():
-                n, row = unflatten(first // wide + y, [conv.spec.batch, high])
-                yield _Tile(n, row * m, column * m, (m, m), fits, lambda i, j: t, (places, places))
+                phase, row = unflatten(first // wide + y, [conv.phases, high])
+                yield _Tile(*start(phase, row, column), conv.m, fits, lambda i, j: t, places)
         return
     columns = {place: each.columns for each in conv.classes for place in each.places}
     rows = {place: each.rows for each in conv.classes for place in each.places}
@@ -159,17 +180,24 @@ def _tiles(conv: WinogradPlan, part: Expr) -> Iterator[_Tile]:
                 return (image * rows[i, j] + row) * columns[i, j] + column
 
             high, wide = region.outputs
-            yield _Tile(part * conv.images + image, row * m, column * m, region.outputs, True,
-                        number, (kept(m, high), kept(m, wide)))  # fmt: skip
+            yield _Tile(*start(part * conv.images + image, row, column), region.outputs, True,
+                        number, (conv.kept(0, high), conv.kept(1, wide)))  # fmt: skip
 
 
 def _ask_for_input(conv: WinogradPlan, tile: _Tile, cb: Expr, access: Accessors) -> None:
     """Columns that the tile after the next one reads, the first ones of which the next one has."""
-    left = tile.column - conv.spec.padding[1] + 2 * conv.m + KERNEL - 1
-    for i in range(tile.outputs[0] + KERNEL - 1):
-        for j in range(0, conv.m, LINE // conv.block):
-            row = tile.row - conv.spec.padding[0] + i
-            prefetch(access.x(tile.n, cb * conv.block, row, left + j), level=1)
+    spec, (down, along) = conv.spec, conv.spec.dilation
+    wide = conv.m[1]
+    left = tile.column - spec.padding[1] + (wide + conv.side[1]) * along
+    for i in range(tile.outputs[0] + spec.kernel[0] - 1):
+        for j in range(0, wide, _pixels_of_a_line(conv)):
+            row = tile.row - spec.padding[0] + i * down
+            prefetch(access.x(tile.n, cb * conv.block, row, left + j * along), level=1)
+
+
+def _pixels_of_a_line(conv: WinogradPlan) -> int:
+    """A tile's pixels in a row that share a cache line."""
+    return max(1, LINE // conv.block // conv.spec.dilation[1])
 
 
 def _transform_input(
@@ -177,10 +205,12 @@ def _transform_input(
 ) -> None:
     """Bᵀ d B of a vector of a block's channels, from `first` on, of one tile, into scratch."""
     spec, block, lanes = conv.spec, conv.block, conv.lanes
-    high, wide = (extent + KERNEL - 1 for extent in tile.outputs)
+    high, wide = (extent + k - 1 for extent, k in zip(tile.outputs, spec.kernel, strict=True))
     top, left = tile.row - spec.padding[0], tile.column - spec.padding[1]
-    down, along = (transforms(conv.m, extent)[2] for extent in tile.outputs)
+    down, along = (conv.transforms(axis, extent)[2] for axis, extent in enumerate(tile.outputs))
     numbers = conv.numbers
+    in_rows = [top + i * spec.dilation[0] for i in range(high)]
+    in_columns = [left + j * spec.dilation[1] for j in range(wide)]
 
     def put(i: int, j: int, lane: Expr, value: Expr) -> None:
         place = tile.places[0][i], tile.places[1][j]
@@ -189,11 +219,11 @@ def _transform_input(
 
     def load(tile_: Any, i: int, j: int) -> None:
         with T.vectorized(0, lanes) as lane:
-            value = access.x(tile.n, cb * block + first + lane, top + i, left + j)
+            value = access.x(tile.n, cb * block + first + lane, in_rows[i], in_columns[j])
             T.buffer_store(tile_, value, [(i * wide + j) * lanes + lane])
 
-    rows = [_within(top + i, spec.in_size[0]) for i in range(high)]
-    columns = [_within(left + j, spec.in_size[1]) for j in range(wide)]
+    rows = [_within(row, spec.in_size[0]) for row in in_rows]
+    columns = [_within(column, spec.in_size[1]) for column in in_columns]
     with T.If(tirx.all(rows[0], rows[-1], columns[0], columns[-1])):
         with T.Then():
             whole = T.alloc_buffer((high * wide * lanes,), "float32", scope="local")
@@ -302,11 +332,11 @@ def _product(
 def _ask_for_output(conv: WinogradPlan, tile: _Tile, channel: Expr, access: Accessors) -> None:
     """What the next tile stores, over one of the epilogue's operands perhaps."""
     assert access.out is not None
-    high, wide = tile.outputs
+    (high, wide), (down, along) = tile.outputs, conv.spec.dilation
     for i in range(high):
-        for k in range(0, wide, LINE // conv.block):
-            column = tile.column + conv.m + k
-            prefetch(access.out(tile.n, channel, tile.row + i, column))
+        for k in range(0, wide, _pixels_of_a_line(conv)):
+            column = tile.column + (conv.m[1] + k) * along
+            prefetch(access.out(tile.n, channel, tile.row + i * down, column))
 
 
 def _transform_output(
@@ -319,8 +349,10 @@ def _transform_output(
     """
     spec, lanes = conv.spec, conv.lanes
     high, wide = tile.outputs
-    down, along = (transforms(conv.m, extent)[0] for extent in tile.outputs)
+    down, along = (conv.transforms(axis, extent)[0] for axis, extent in enumerate(tile.outputs))
     numbers = conv.numbers
+    rows = [tile.row + i * spec.dilation[0] for i in range(high)]
+    columns = [tile.column + k * spec.dilation[1] for k in range(wide)]
 
     def transform(put: Any) -> None:
         every = [(i, k) for i in tile.places[0] for k in tile.places[1]]
@@ -332,8 +364,8 @@ def _transform_output(
                 T.buffer_store(whole, value, [slot * lanes + lane])
         two_sided(down, along, whole, lanes, put)
 
-    def store(i: Expr, k: Expr, lane: Expr, value: Expr) -> None:
-        access.store(tile.n, start + first + lane, tile.row + i, tile.column + k, value)
+    def store(i: int, k: int, lane: Expr, value: Expr) -> None:
+        access.store(tile.n, start + first + lane, rows[i], columns[k], value)
 
     def results() -> Any:
         out = T.alloc_buffer((high * wide * lanes,), "float32", scope="local")
@@ -365,7 +397,7 @@ def _transform_output(
                 finish(out, [place])
 
     def inside(i: int, k: int) -> Expr:
-        return tirx.all(tile.row + i < spec.out_size[0], tile.column + k < spec.out_size[1])
+        return tirx.all(rows[i] < spec.out_size[0], columns[k] < spec.out_size[1])
 
     out = results() if access.heavy else None
     if tile.fits:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from math import prod
 
 from graphopt.backends.isa.base import Isa
+from graphopt.backends.kernels.conv_direct_plan import SKIPPING
 from graphopt.backends.kernels.conv_spec import ConvSpec
 from graphopt.backends.kernels.tiling import LINE, Split, fits, split, step_time
 from graphopt.backends.kernels.winograd_transforms import (
-    KERNEL,
-    SIZES,
+    Matrix,
     kept,
     operations,
+    sizes,
     transforms,
 )
 
@@ -61,12 +63,13 @@ class WinogradPlan:
 
     Attributes:
         spec: the convolution.
-        m: outputs per tile side.
+        m: rows and columns of outputs of a tile.
         block: channels per block.
         lanes: channels transformed together.
-        grid: rows and columns of tiles in one image.
+        grid: rows and columns of tiles in one phase of an image. A dilated convolution is one of
+            its own for every phase, which are the pixels that are a dilation apart.
         cut: the tiles of all images, cut into blocks for the tasks.
-        images: whole images in a task, whose last tiles are smaller where the image ends earlier;
+        images: whole phases in a task, whose last tiles are smaller where the image ends earlier;
             0 where tasks take any tiles, all of one size.
         vectors: channel blocks in one register tile.
         pixels: tiles in one register tile.
@@ -78,7 +81,7 @@ class WinogradPlan:
     """
 
     spec: ConvSpec
-    m: int
+    m: tuple[int, int]
     block: int
     lanes: int
     grid: tuple[int, int]
@@ -97,19 +100,40 @@ class WinogradPlan:
         """Transformed places of a tile."""
         return sum(len(each.places) for each in self.classes)
 
+    @property
+    def side(self) -> tuple[int, int]:
+        """Rows and columns of a tile's inputs."""
+        (high, wide), (rows, columns) = self.m, self.spec.kernel
+        return high + rows - 1, wide + columns - 1
+
+    @property
+    def phases(self) -> int:
+        """Phases of all images."""
+        return self.spec.batch * prod(self.spec.dilation)
+
+    def transforms(self, axis: int, outputs: int) -> tuple[Matrix, Matrix, Matrix]:
+        """Those of rows (axis 0) or columns (1) of tiles with so many outputs there."""
+        return transforms(self.m[axis], self.spec.kernel[axis], outputs)
+
+    def kept(self, axis: int, outputs: int) -> tuple[int, ...]:
+        """The places that tiles with so many outputs have."""
+        return kept(self.m[axis], self.spec.kernel[axis], outputs)
+
     def last(self, axis: int) -> int:
         """Outputs of the last tile of rows (axis 0) or columns (1)."""
+        m = self.m[axis]
         if not self.images:
-            return self.m
-        return self.spec.out_size[axis] - (self.grid[axis] - 1) * self.m
+            return m
+        return self.spec.out_size[axis] // self.spec.dilation[axis] - (self.grid[axis] - 1) * m
 
     @property
     def regions(self) -> list[Region]:
         """The tiles of an image by their outputs."""
         cuts = []
         for axis, size in enumerate(self.grid):
-            whole = size - (self.last(axis) < self.m)
-            pieces = ((0, whole, self.m), (whole, size - whole, self.last(axis)))
+            m = self.m[axis]
+            whole = size - (self.last(axis) < m)
+            pieces = ((0, whole, m), (whole, size - whole, self.last(axis)))
             cuts.append([piece for piece in pieces if piece[1]])
         return [
             Region((y, rows), (x, columns), (high, wide))
@@ -121,12 +145,11 @@ class WinogradPlan:
     def classes(self) -> list[PlaceClass]:
         """The places by the tiles that have them, in the order in which they are numbered."""
         found: dict[tuple[int, int], list[tuple[int, int]]] = {}
-        side = self.m + KERNEL - 1
         rows, columns = (
-            [size - (place not in kept(self.m, self.last(axis))) for place in range(side)]
-            for axis, size in enumerate(self.grid)
+            [size - (place not in self.kept(axis, self.last(axis))) for place in range(side)]
+            for axis, (size, side) in enumerate(zip(self.grid, self.side, strict=True))
         )
-        for i, j in product(range(side), repeat=2):
+        for i, j in product(*map(range, self.side)):
             found.setdefault((rows[i], columns[j]), []).append((i, j))
         return [
             PlaceClass(tuple(places), *tiles) for tiles, places in found.items() if all(tiles)
@@ -145,16 +168,16 @@ class WinogradPlan:
     def multiply_adds(self) -> int:
         """Those of the products, without the transforms."""
         tiles = sum(len(each.places) * each.rows * each.columns for each in self.classes)
-        return self.spec.batch * tiles * self.spec.icg * self.spec.ocg
+        return self.phases * tiles * self.spec.icg * self.spec.ocg
 
     @property
     def operations(self) -> int:
         """Operations in all, those of the transforms too; a multiply-add is two."""
         total = 2 * self.multiply_adds
         for region in self.regions:
-            tiles = self.spec.batch * region.rows[1] * region.columns[1]
+            tiles = self.phases * region.rows[1] * region.columns[1]
             (back_down, _, down), (back_along, _, along) = (
-                transforms(self.m, extent) for extent in region.outputs
+                self.transforms(axis, extent) for axis, extent in enumerate(region.outputs)
             )
             total += tiles * self.spec.icg * self.groups * operations(down, along)
             total += tiles * self.spec.ocg * operations(back_down, back_along)
@@ -212,15 +235,15 @@ class WinogradPlan:
 
     def describe(self) -> str:
         """For the report."""
-        return f"winograd F({self.m}×{self.m},3×3) {self.width}×{self.pixels}"
+        (high, wide), (rows, columns) = self.m, self.spec.kernel
+        return f"winograd F({high}×{wide},{rows}×{columns}) {self.width}×{self.pixels}"
 
 
 def supports(spec: ConvSpec, block: int) -> bool:
-    """3×3, stride 1, not dilated; the channels of a group are whole blocks."""
+    """Stride 1, small enough kernels; the channels of a group are whole blocks."""
     return (
-        spec.kernel == (KERNEL, KERNEL)
-        and spec.stride == (1, 1)
-        and spec.dilation == (1, 1)
+        spec.kernel != (1, 1) == spec.stride
+        and all(map(sizes, spec.kernel))
         and (spec.groups == 1 or spec.icg % block == spec.ocg % block == 0)
     )
 
@@ -244,7 +267,7 @@ def plans(spec: ConvSpec, isa: Isa, l2_bytes: int, cores: int = 4) -> list[Winog
         shares = [-(-conv.tasks // n) * n / conv.tasks for n in (1, 2, 4) if n <= max(1, cores)]
         return cost(conv, isa, l2_bytes) * sum(shares) / len(shares)
 
-    best: dict[int, WinogradPlan] = {}
+    best: dict[tuple[int, int], WinogradPlan] = {}
     for conv in sorted(_candidates(spec, isa, l2_bytes), key=weigh):
         best.setdefault(conv.m, conv)
     fastest = weigh(next(iter(best.values())))
@@ -264,18 +287,13 @@ def _candidates(spec: ConvSpec, isa: Isa, l2_bytes: int) -> Iterator[WinogradPla
     vectors, pixels = _register_tile(blocks, isa)
     out_tiles = blocks // vectors
     most = max(1, _CHANNELS_AT_ONCE // (vectors * block))
-    for m in SIZES:
-        grid = (-(-spec.out_size[0] // m), -(-spec.out_size[1] // m))
-        tiles = spec.batch * grid[0] * grid[1]
-        streams = (m + KERNEL - 1) ** 2 * spec.icg * blocks * block * 4 > l2_bytes // 2
-        sizes = range(pixels, _MOST_TILES + 1, pixels)
-        cuts = {(split(tiles, min(tiles, size)), 0) for size in sizes}
-        if any(size % m for size in spec.out_size):
-            whole = {n for n in range(1, spec.batch + 1) if spec.batch % n == 0}
-            cuts |= {
-                (split(tiles, n * tiles // spec.batch), n)
-                for n in whole if n * tiles // spec.batch <= _MOST_OF_IMAGES
-            }  # fmt: skip
+    for m in _tiles(spec.kernel):
+        rows, columns = (
+            -(-size // (n * d)) for size, n, d in zip(spec.out_size, m, spec.dilation, strict=True)
+        )
+        places = prod(n + k - 1 for n, k in zip(m, spec.kernel, strict=True))
+        streams = places * spec.icg * blocks * block * 4 > l2_bytes // 2
+        cuts = _cuts(spec, m, rows * columns, pixels)
         for groups in range(1, out_tiles + 1):
             per_group = out_tiles // groups
             if out_tiles % groups or (groups > 1 and per_group * vectors * block < 64):
@@ -283,9 +301,36 @@ def _candidates(spec: ConvSpec, isa: Isa, l2_bytes: int) -> Iterator[WinogradPla
             at_once = max(k for k in range(1, most + 1) if per_group % k == 0)
             for cut, images in sorted(cuts, key=lambda c: (c[0].size, c[1])):
                 yield WinogradPlan(
-                    spec, m, block, min(block, isa.lanes()), grid, cut, images, vectors, pixels,
-                    at_once, groups, streams, isa.lane_operand, bool(isa.multiply_add),
+                    spec, m, block, min(block, isa.lanes()), (rows, columns), cut, images, vectors,
+                    pixels, at_once, groups, streams, isa.lane_operand, bool(isa.multiply_add),
                 )  # fmt: skip
+
+
+def _cuts(spec: ConvSpec, m: tuple[int, int], of_phase: int, pixels: int) -> set[tuple[Split, int]]:
+    """The ways to cut so many tiles a phase for the tasks, with the whole phases of each, or 0."""
+    phases = spec.batch * prod(spec.dilation)
+    tiles = phases * of_phase
+    counts = range(pixels, _MOST_TILES + 1, pixels)
+    cuts = {(split(tiles, min(tiles, size)), 0) for size in counts}
+    alike = not any(size % d for size, d in zip(spec.out_size, spec.dilation, strict=True))
+    of_all = zip(spec.out_size, m, spec.dilation, strict=True)
+    if alike and any(size % (n * d) for size, n, d in of_all):
+        cuts |= {
+            (split(tiles, n * of_phase), n)
+            for n in range(1, phases + 1)
+            if phases % n == 0 and n * of_phase <= _MOST_OF_IMAGES
+        }
+    return cuts
+
+
+def _tiles(kernel: tuple[int, int]) -> list[tuple[int, int]]:
+    """The sizes of tiles: of as many places in rows as in columns, where the kernel has both."""
+    high, wide = kernel
+    return [
+        (m, n)
+        for m, n in product(sizes(high), sizes(wide))
+        if m + high == n + wide or 1 in kernel
+    ]  # fmt: skip
 
 
 def _register_tile(blocks: int, isa: Isa) -> tuple[int, int]:
@@ -325,11 +370,11 @@ def cost(conv: WinogradPlan, isa: Isa, l2_bytes: int) -> float:
     traffic += (
         inputs * passes * conv.cut.count / (_FAR_BYTES if conv.scratch > l2_bytes else _NEAR_BYTES)
     )
-    side = conv.m + KERNEL - 1
+    places = prod(conv.side)
     tiles = conv.cut.count * conv.cut.size
     # Loads, stores and a few additions per element and pass, about two a cycle.
-    into = tiles * conv.in_blocks * width * side * side * 3.0 * conv.groups
-    back = tiles * channels / lanes * side * side * 2.5
+    into = tiles * conv.in_blocks * width * places * 3.0 * conv.groups
+    back = tiles * channels / lanes * places * 2.5
     return max(products, traffic) + _NOT_HIDDEN * min(products, traffic) + into + back
 
 
@@ -338,7 +383,8 @@ def direct_cost(spec: ConvSpec, isa: Isa, l2_bytes: int) -> float:
     block = isa.block
     channels = -(-spec.ocg // block) * block
     depth = spec.icg * spec.kernel[0] * spec.kernel[1]
-    pixels = spec.batch * spec.out_size[0] * spec.out_size[1]
+    met = spec.met(0) * spec.met(1) / prod(spec.out_size + spec.kernel)
+    pixels = spec.batch * prod(spec.out_size) * min(1.0, SKIPPING * met)
     products = pixels * depth * channels / (2 * isa.lanes() * _DIRECT_EFFICIENCY)
     tile_bytes = depth * 2 * block * 4
     passes = 1 if tile_bytes <= l2_bytes // 2 else spec.out_size[0]

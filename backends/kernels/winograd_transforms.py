@@ -18,32 +18,38 @@ from tvm.tirx.script.builder import ir as T
 from graphopt.backends.kernels.builder import f32
 from graphopt.ops.opdef import Expr
 
-KERNEL = 3
-_POINTS = {
-    2: (0, 1, -1),
-    3: (0, Fraction(3, 4), Fraction(-3, 4), 2),
-    4: (0, Fraction(3, 4), Fraction(-3, 4), Fraction(3, 2), Fraction(-3, 2)),
+_POINTS: dict[int, tuple[int | Fraction, ...]] = {
+    1: (),
+    4: (0, 1, -1),
+    5: (0, Fraction(3, 4), Fraction(-3, 4), 2),
+    6: (0, Fraction(3, 4), Fraction(-3, 4), Fraction(3, 2), Fraction(-3, 2)),
 }
-
-SIZES = tuple(_POINTS)
-"""Outputs of a tile's side that there are transforms for."""
+"""By the places of a tile's side, of which infinity is the last."""
 
 Row = tuple[Fraction, ...]
 Matrix = tuple[Row, ...]
 
 
-@cache
-def transforms(m: int, outputs: int | None = None) -> tuple[Matrix, Matrix, Matrix]:
-    """The matrices Aᵀ (r × a), G (a × 3) and Bᵀ (a × a) with r outputs, a = r + 2, exactly.
+def sizes(kernel: int) -> tuple[int, ...]:
+    """Outputs of a tile's side that there are transforms for; of an axis without a kernel, one."""
+    if kernel == 1:
+        return (1,)
+    return tuple(places - kernel + 1 for places in _POINTS if places > kernel)
 
-    Evaluation at the finite points and at infinity, and the interpolation back; the transposition
-    principle turns the product of polynomials into the correlation that a convolution layer is.
-    With fewer outputs than m a tile uses the first r + 1 points of F(m) and infinity (see `kept`),
-    with weights that were transformed for F(m): what their scale differs by is put into Bᵀ.
+
+@cache
+def transforms(m: int, kernel: int, outputs: int | None = None) -> tuple[Matrix, Matrix, Matrix]:
+    """The matrices Aᵀ (r × a), G (a × k) and Bᵀ (a × a) of a kernel of k and r outputs, exactly.
+
+    Evaluation at the finite points and at infinity, a = r + k - 1 in all, and the interpolation
+    back; the transposition principle turns the product of polynomials into the correlation that a
+    convolution layer is. With fewer outputs than m a tile uses the first a - 1 points of F(m) and
+    infinity (see `kept`), with weights that were transformed for F(m): what their scale differs by
+    is put into Bᵀ.
     """
     r = m if outputs is None else outputs
-    size = r + KERNEL - 1
-    whole = [Fraction(p) for p in _POINTS[m]]
+    size = r + kernel - 1
+    whole = [Fraction(p) for p in _POINTS[m + kernel - 1]]
     points = whole[: size - 1]
 
     def scale(point: Fraction, among: list[Fraction]) -> Fraction:
@@ -55,7 +61,7 @@ def transforms(m: int, outputs: int | None = None) -> tuple[Matrix, Matrix, Matr
 
     a_t = tuple(zip(*powers(r), strict=True))
     scales = [*(scale(p, whole) for p in points), Fraction(1)]
-    g = [tuple(v / by for v in row) for row, by in zip(powers(KERNEL), scales, strict=True)]
+    g = [tuple(v / by for v in row) for row, by in zip(powers(kernel), scales, strict=True)]
     rows: list[tuple[Fraction, ...]] = []
     for i, p in enumerate(points):
         others = _polynomial([q for k, q in enumerate(points) if k != i])
@@ -65,9 +71,9 @@ def transforms(m: int, outputs: int | None = None) -> tuple[Matrix, Matrix, Matr
     return a_t, tuple(g), tuple(rows)
 
 
-def kept(m: int, outputs: int) -> tuple[int, ...]:
-    """Which of the m + 2 places of F(m) a tile with so many outputs has."""
-    return (*range(outputs + 1), m + 1)
+def kept(m: int, kernel: int, outputs: int) -> tuple[int, ...]:
+    """Which of the m + kernel - 1 places of F(m) a tile with so many outputs has."""
+    return (*range(outputs + kernel - 2), m + kernel - 2)
 
 
 def _multiplied(values: Any) -> Fraction:

@@ -14,6 +14,8 @@ from graphopt.program.partition import is_float, tensor_operands
 
 _WIDE = 32
 """Channels from which Winograd's convolution saves more than moving its input and output costs."""
+_LONGEST = 5
+"""The longest kernel it has transforms for. Kernels of one row or column gain less."""
 
 
 def assign_layouts(gm: fx.GraphModule, block: int, *, winograd: bool = True) -> dict[fx.Node, str]:
@@ -80,9 +82,10 @@ def _is_winograd(node: fx.Node, block: int) -> bool:
     out, depth, *kernel = call.shape_of("weight")
     channels = min(depth, out // call["groups"])
     return (
-        kernel == [3, 3]
+        len(kernel) == 2
+        and all(2 <= size <= _LONGEST for size in kernel)
         and not call["transposed"]
-        and all(n == 1 for n in (*call["stride"], *call["dilation"]))
+        and all(n == 1 for n in call["stride"])
         and channels >= _WIDE
         and channels % block == 0
     )

@@ -19,17 +19,25 @@ from graphopt.backends.target import get_target
 from tests.backends.harness import Builder, aten, check, origins
 
 
-@pytest.mark.parametrize(("m", "outputs"), [(m, r) for m in (2, 3, 4) for r in range(1, m + 1)])
-def test_transforms_are_exact_over_the_rationals(m: int, outputs: int) -> None:
+@pytest.mark.parametrize(
+    ("m", "kernel", "outputs"),
+    [
+        (m, kernel, outputs)
+        for kernel in (1, 2, 3, 4, 5)
+        for m in winograd_transforms.sizes(kernel)
+        for outputs in range(1, m + 1)
+    ],
+)
+def test_transforms_are_exact_over_the_rationals(m: int, kernel: int, outputs: int) -> None:
     """Aᵀ (G g ⊙ Bᵀ d) is the correlation, for every unit vector, without rounding.
 
     Smaller tiles use weights that were transformed for the whole one.
     """
-    a_t, g, b_t = winograd_transforms.transforms(m, outputs)
-    whole = winograd_transforms.transforms(m)[1]
-    assert list(g) == [whole[place] for place in winograd_transforms.kept(m, outputs)]
-    for i in range(3):
-        for j in range(outputs + 2):
+    a_t, g, b_t = winograd_transforms.transforms(m, kernel, outputs)
+    whole = winograd_transforms.transforms(m, kernel)[1]
+    assert list(g) == [whole[place] for place in winograd_transforms.kept(m, kernel, outputs)]
+    for i in range(kernel):
+        for j in range(outputs + kernel - 1):
             weight = [row[i] for row in g]
             data = [row[j] for row in b_t]
             result = [
@@ -41,17 +49,18 @@ def test_transforms_are_exact_over_the_rationals(m: int, outputs: int) -> None:
 
 def test_operations_of_the_transforms() -> None:
     """Lavin and Gray count 32 for F(2×2)'s input and 24 for its output."""
-    back, _, into = winograd_transforms.transforms(2)
+    back, _, into = winograd_transforms.transforms(2, 3)
     assert winograd_transforms.operations(into, into) == 32
     assert winograd_transforms.operations(back, back) == 24
 
 
 def _error(m: int, points: tuple[object, ...], monkeypatch: pytest.MonkeyPatch) -> float:
     """Root mean square error of F(m×m,3×3) in float32 on normal data."""
-    monkeypatch.setitem(winograd_transforms._POINTS, m, points)
+    monkeypatch.setitem(winograd_transforms._POINTS, m + 2, points)
     winograd_transforms.transforms.cache_clear()
     a, g, b = (
-        np.array([[float(v) for v in row] for row in t]) for t in winograd_transforms.transforms(m)
+        np.array([[float(v) for v in row] for row in matrix])
+        for matrix in winograd_transforms.transforms(m, 3)
     )
     winograd_transforms.transforms.cache_clear()
     rng = np.random.default_rng(0)
@@ -72,7 +81,7 @@ def _error(m: int, points: tuple[object, ...], monkeypatch: pytest.MonkeyPatch) 
 def test_the_points_are_better_than_the_usual_ones(
     m: int, usual: tuple[object, ...], share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours = _error(m, winograd_transforms._POINTS[m], monkeypatch)
+    ours = _error(m, winograd_transforms._POINTS[m + 2], monkeypatch)
     assert ours < share * _error(m, usual, monkeypatch)
 
 
@@ -91,7 +100,7 @@ def test_any_size(cases: list[tuple[int, ...]]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(winograd, "direct_cost", lambda *_: float("inf"))
         for batch, channels, out, height, width, pad_h, pad_w, m in cases:
-            patch.setattr(winograd, "SIZES", (m,))
+            patch.setattr(winograd, "sizes", lambda _, m=m: (m,))
             b = Builder(height)
             x = b.conv(b.input(b.random(batch, 3, height, width)), channels, (1, 1))
             y = b.conv(x, out, (3, 3), padding=[pad_h, pad_w])
@@ -120,7 +129,7 @@ def test_smaller_tiles_where_the_image_ends(
 
     def only(*sizes: Any) -> Iterator[winograd.WinogradPlan]:
         for plan in candidates(*sizes):
-            if plan.images and plan.m == m:
+            if plan.images and plan.m == (m, m):
                 found.append(plan)
                 yield plan
 
@@ -168,7 +177,7 @@ def test_smaller_weights_where_the_time_is_nearly_the_same() -> None:
     target = get_target("x86-64-v3")
     first, *others = winograd.plans(spec, target.isa, target.l2_bytes, 2)
     fastest = min(winograd.cost(plan, target.isa, target.l2_bytes) for plan in others)
-    assert first.m == 3
+    assert first.m == (3, 3)
     assert fastest < winograd.cost(first, target.isa, target.l2_bytes) < 1.08 * fastest
 
 
@@ -177,7 +186,7 @@ def test_not_chosen_where_weights_would_only_stream() -> None:
     spec = ConvSpec(1, 1, 512, 512, (7, 7), (7, 7), (3, 3), padding=(1, 1))
     target = get_target("x86-64-v3")
     plan = winograd.plan(spec, target.isa, target.l2_bytes)
-    assert plan.m == 2
+    assert plan.m == (2, 2)
     stem = dataclasses.replace(spec, icg=8, ocg=8)
     tiny = winograd.plan(stem, target.isa, target.l2_bytes)
     assert winograd.cost(tiny, target.isa, target.l2_bytes) > 0
@@ -223,3 +232,39 @@ def test_groups_of_no_whole_blocks_are_direct(monkeypatch: pytest.MonkeyPatch) -
     x = b.conv(b.input(b.random(1, 3, 9, 9)), 24, (1, 1))
     b.returns(b.conv(b.conv(x, 24, (3, 3), padding=1, groups=2), 4, (1, 1)))
     assert origins(check(b, tolerance=1e-5))[1] == "conv_direct"
+
+
+@pytest.mark.parametrize(
+    ("target", "kernel", "dilation", "padding", "size"),
+    [
+        ("host", (5, 5), (1, 1), (2, 2), (13, 15)), ("host", (1, 3), (1, 1), (0, 1), (5, 9)),
+        ("host", (3, 1), (1, 1), (1, 0), (11, 1)), ("host", (2, 2), (1, 1), (1, 0), (9, 12)),
+        ("host", (4, 3), (1, 1), (1, 2), (8, 7)), ("host", (5, 1), (1, 1), (0, 0), (12, 6)),
+        ("host", (3, 3), (2, 2), (2, 2), (12, 16)), ("host", (3, 3), (3, 2), (1, 2), (14, 9)),
+        ("host", (3, 3), (6, 6), (6, 6), (13, 7)), ("host", (1, 5), (1, 3), (0, 6), (1, 500)),
+        ("host", (3, 3), (1, 1), (1, 1), (4, 450)), ("arm", (5, 5), (1, 1), (2, 2), (9, 10)),
+        ("arm", (3, 3), (2, 2), (3, 1), (11, 12)), ("x86-64-v2", (1, 3), (1, 2), (0, 2), (3, 30)),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("batch", [1, 2])
+def test_other_kernels_and_dilation(
+    target: str, kernel: tuple[int, int], dilation: tuple[int, int], padding: tuple[int, int],
+    size: tuple[int, int], batch: int, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Rows or columns alone, phases of equal and of different sizes, paddings off a phase."""
+    monkeypatch.setattr(winograd, "direct_cost", lambda *_: float("inf"))
+    b = Builder(kernel[0])
+    x = b.conv(b.input(b.random(batch, 3, *size)), 24, (1, 1))
+    y = b.conv(x, 40, kernel, padding=list(padding), dilation=list(dilation))
+    b.returns(b.conv(b.op(aten.silu.default, y), 4, (1, 1)))
+    program = check(b, tolerance=2e-5, target=target, threads=2)
+    assert origins(program)[1] == "winograd"
+
+
+def test_one_dimension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "direct_cost", lambda *_: float("inf"))
+    b = Builder(1)
+    x = b.conv(b.input(b.random(2, 3, 131)), 24, (1,))
+    y = b.conv(x, 40, (3,), padding=[4], dilation=[4])
+    b.returns(b.conv(b.op(aten.relu.default, y), 4, (1,)))
+    assert origins(check(b, tolerance=2e-5))[1] == "winograd"
