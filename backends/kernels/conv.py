@@ -11,10 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from torch import fx
-from tvm import tirx
-from tvm.tirx.script.builder import ir as T
 
-from graphopt.backends.kernels import depthwise, winograd, winograd_plan
+from graphopt.backends.kernels import depthwise, winograd_plan
 from graphopt.backends.kernels.base import (
     Alternatives,
     Candidate,
@@ -32,10 +30,10 @@ from graphopt.backends.kernels.conv_product import (
     direct_products,
     key_of,
     products,
+    winograd_products,
 )
 from graphopt.backends.kernels.conv_spec import Accessors, ConvSpec
 from graphopt.backends.kernels.fusion import Group
-from graphopt.ops.math import share
 from graphopt.ops.opdef import Call, Expr, Index
 from graphopt.program.layout import PLAIN, block_of
 
@@ -190,16 +188,13 @@ def lower_products(request: Request) -> Alternatives | None:
             Candidate(each.origin, each.cycles, partial(_product, request, patches, each, flat))
             for each in deep_products(patches.spec, target)
         ] + candidates
-    if whole and request.winograd and PLAIN not in layouts and winograd_plan.supports(
-        view.spec, target.isa.block
-    ):  # fmt: skip
-        sizes = target.isa, target.l2_bytes
+    if whole and request.winograd and PLAIN not in layouts:
         fewer = [
-            Candidate(plan.describe(), spec.groups * winograd_plan.cost(plan, *sizes),
-                      partial(_winograd, request, view, plan, weight, spec.groups))
-            for plan in winograd_plan.plans(view.spec, *sizes, target.cores)
-        ]  # fmt: skip
-        is_faster = fewer[0].cycles < winograd_plan.direct_cost(view.spec, *sizes)
+            Candidate(each.origin, each.cycles, partial(_product, request, view, each, weight))
+            for each in winograd_products(view.spec, target)
+        ]
+        direct = winograd_plan.direct_cost(view.spec, target.isa, target.l2_bytes)
+        is_faster = fewer and fewer[0].cycles < direct
         candidates = [*fewer, *candidates] if is_faster else [*candidates, *fewer]
     key = key_of("convolution", view.spec, request, *layouts)
     return Alternatives(key, tuple(candidates))
@@ -208,7 +203,7 @@ def lower_products(request: Request) -> Alternatives | None:
 def _product(
     request: Request, view: _View, product: Product, weight: npt.NDArray[Any]
 ) -> KernelSource:
-    """Direct convolution or its deep twin; see `conv_direct` and `conv_deep`."""
+    """Direct convolution, its deep twin, or Winograd's; see `conv_product`."""
     call, spec = request.call, view.spec
     source = call["input"]
     far = prod(call.shape_of("input")) * 4 > request.target.l2_bytes // 2
@@ -237,54 +232,13 @@ def _product(
             ahead=ahead,
             vector_in=request.spec(source).layout != PLAIN and whole,
             row=request.target.isa.lanes() if block is None and spec.ocg >= _ROW_CHANNELS else 0,
+            out=lambda n, c, h, w: out.load(index(n, c, h, w)),
         )
         product.emit(task, constants[0], scratch, access)
 
     reads = request.reads_without(call["weight"])
     return KernelSource(product.origin, product.tasks, spec.flops, emit, reads,
                         (product.pack(weight),), scratch=product.scratch,
-                        in_place=same_place(request, taken=[source]))  # fmt: skip
-
-
-def _winograd(
-    request: Request, view: _View, plan: winograd_plan.WinogradPlan, weight: npt.NDArray[Any],
-    groups: int,
-) -> KernelSource:  # fmt: skip
-    """With fewer products; see `winograd`. The plan is that of one group."""
-    call = request.call
-    source = call["input"]
-    inside, index = view.place(len(call.shape)), view.index(len(call.shape))
-
-    def emit(
-        task: Expr, views: dict[fx.Node, View], constants: list[Any], out: View, group: Group,
-        scratch: Any,
-    ) -> None:  # fmt: skip
-        x, weights, number = views[source], constants[0], 0
-        if groups > 1:
-            number, task = share(task // plan.tasks), tirx.max(share(task % plan.tasks), 0)
-            weights = T.decl_buffer(
-                (size,), "float32", data=weights.data, elem_offset=number * size
-            )
-        first_in, first_out = number * plan.spec.icg, number * plan.spec.ocg
-        store = epilogue_store(request, group, out, index)
-        access = Accessors(
-            x=lambda n, c, h, w: x.load(inside(n, first_in + c, h, w)),
-            store=lambda n, c, h, w, value: store(n, first_out + c, h, w, value),
-            vector=True,
-            padded=True,
-            heavy=request.heavy_epilogue,
-            fence=request.fence,
-            out=lambda n, c, h, w: out.load(index(n, first_out + c, h, w)),
-        )
-        winograd.emit(plan, task, weights, scratch, access)
-
-    reads = request.reads_without(call["weight"])
-    packed = np.concatenate(
-        [winograd.pack_weights(each, plan) for each in np.split(weight, groups)]
-    )
-    size = packed.size // groups
-    return KernelSource(plan.describe(), groups * plan.tasks, groups * plan.spec.flops, emit, reads,
-                        (packed,), scratch=plan.scratch,
                         in_place=same_place(request, taken=[source]))  # fmt: skip
 
 

@@ -1,20 +1,32 @@
-"""The ways to multiply by packed weights: `conv_deep`, `conv_direct`, each with its best tiles."""
+"""The ways to convolve with packed weights: `conv_deep`, `conv_direct`, each with its best tiles,
+and `winograd`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
 
-from graphopt.backends.kernels import conv_deep, conv_deep_plan, conv_direct, conv_direct_plan
+from graphopt.backends.kernels import (
+    conv_deep,
+    conv_deep_plan,
+    conv_direct,
+    conv_direct_plan,
+    winograd,
+    winograd_plan,
+)
 from graphopt.backends.kernels.base import Request
 from graphopt.backends.kernels.conv_deep_plan import DeepPlan
 from graphopt.backends.kernels.conv_direct_plan import ConvPlan
 from graphopt.backends.kernels.conv_spec import Accessors, ConvSpec
+from graphopt.backends.kernels.winograd_plan import WinogradPlan
 from graphopt.backends.target import Target
+from graphopt.ops.math import share
 from graphopt.ops.opdef import Expr
 
 
@@ -73,6 +85,17 @@ def deep_products(spec: ConvSpec, target: Target) -> list[Product]:
     return [_deep(plan, target) for plan in conv_deep_plan.plans(spec, target.isa, target.l2_bytes)]
 
 
+def winograd_products(spec: ConvSpec, target: Target) -> list[Product]:
+    """The ways of `winograd`, which only works on blocks, the best first; none for other kernels.
+
+    Their cycles are to be compared with `winograd_plan.direct_cost`.
+    """
+    if not winograd_plan.supports(spec, target.isa.block):
+        return []
+    plans = winograd_plan.plans(spec, target.isa, target.l2_bytes, target.cores)
+    return [_winograd(plan, spec.groups, target) for plan in plans]
+
+
 def _direct(plan: ConvPlan, target: Target, plain: bool) -> Product:
     return Product(
         plan.describe(), conv_direct_plan.cost(plan, target.isa, plain=plain), plan.tasks, 0,
@@ -89,6 +112,38 @@ def _deep(plan: DeepPlan, target: Target) -> Product:
             plan, task, weights, scratch, access
         ),
     )  # fmt: skip
+
+
+def _winograd(plan: WinogradPlan, groups: int, target: Target) -> Product:
+    """All groups of a convolution; the plan is that of one."""
+    cycles = groups * winograd_plan.cost(plan, target.isa, target.l2_bytes)
+
+    def pack(weight: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        parts = np.split(weight, groups)
+        return np.concatenate([winograd.pack_weights(each, plan) for each in parts])
+
+    def emit(task: Expr, weights: Any, scratch: Any, access: Accessors) -> None:
+        if groups > 1:
+            number, task = share(task // plan.tasks), tirx.max(share(task % plan.tasks), 0)
+            size = int(weights.shape[0]) // groups
+            weights = T.decl_buffer(
+                (size,), "float32", data=weights.data, elem_offset=number * size
+            )
+            access = _of_group(access, number * plan.spec.icg, number * plan.spec.ocg)
+        winograd.emit(plan, task, weights, scratch, access)
+
+    return Product(plan.describe(), cycles, groups * plan.tasks, plan.scratch, pack, emit)
+
+
+def _of_group(access: Accessors, first_in: Expr, first_out: Expr) -> Accessors:
+    """The operands of the group whose channels begin there."""
+    out = access.out
+    return replace(
+        access,
+        x=lambda n, c, h, w: access.x(n, first_in + c, h, w),
+        store=lambda n, c, h, w, value: access.store(n, first_out + c, h, w, value),
+        out=None if out is None else lambda n, c, h, w: out(n, first_out + c, h, w),
+    )
 
 
 def key_of(kind: str, spec: ConvSpec, request: Request, *details: str) -> str:

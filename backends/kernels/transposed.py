@@ -3,8 +3,8 @@
 With stride s, output rows q·s + r for one r see only the kernel rows congruent to r + padding
 modulo s: seen alone, they are a convolution with stride 1 by a part of the kernel, turned round
 (Dumoulin and Visin, "A guide to convolution arithmetic for deep learning", 2016). The phases write
-to interleaved places; their tasks follow one another. Where there are few output channels, all
-phases can be the channels of one convolution instead.
+to interleaved places; their tasks follow one another. Where there are few output channels, or
+Winograd's algorithm saves more, all phases are the channels of one convolution instead.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from torch import fx
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from graphopt.backends.kernels import conv_direct, conv_direct_plan
+from graphopt.backends.kernels import conv_direct, conv_direct_plan, winograd_plan
 from graphopt.backends.kernels.base import KernelSource, Request, same_place
 from graphopt.backends.kernels.builder import View
 from graphopt.backends.kernels.conv import epilogue_store
 from graphopt.backends.kernels.conv_direct_plan import ConvPlan
+from graphopt.backends.kernels.conv_product import Product, direct_products, winograd_products
 from graphopt.backends.kernels.conv_spec import Accessors, ConvSpec
 from graphopt.backends.kernels.fusion import Group
 from graphopt.ops.opdef import Call, Expr
@@ -95,12 +96,10 @@ def lower_transposed(request: Request) -> KernelSource | None:
     phases, packed = _plan(request, call, weight, pairs)
     source: fx.Node = call["input"]
     flops = sum(phase.plan.spec.flops for phase in phases)
-    joint = _joint(request, call, weight, rows, columns)
-    if joint is not None:
-        isa = request.target.isa
-        apart = sum(conv_direct_plan.cost(phase.plan, isa) for phase in phases)
-        if conv_direct_plan.cost(joint[0], isa) < apart:
-            return _lower_joint(request, *joint, (len(rows), len(columns)), flops)
+    joint = _joint(call, weight, rows, columns)
+    best = _joint_product(request, joint[0], phases) if joint is not None else None
+    if joint is not None and best is not None:
+        return _lower_joint(request, best, joint[1], (len(rows), len(columns)), flops)
     block = block_of(request.spec(request.root).layout)
     groups = int(call["groups"])
     in_blocks = block is not None and (groups == 1 or (call.shape[1] // groups) % block == 0)
@@ -177,15 +176,14 @@ def _plan(
 
 
 def _joint(
-    request: Request, call: Call, weight: npt.NDArray[Any], rows: list[_Axis], columns: list[_Axis]
-) -> tuple[ConvPlan, npt.NDArray[np.float32]] | None:
+    call: Call, weight: npt.NDArray[Any], rows: list[_Axis], columns: list[_Axis]
+) -> tuple[ConvSpec, npt.NDArray[np.float32]] | None:
     """All phases as one convolution to (phase, channel), the taps that one lacks zero.
 
-    For few output channels, which would leave most of a vector empty: a pixel shuffle's. None where
-    phases have different sizes, and for groups and blocks.
+    None where phases have different sizes, and for groups.
     """
     even = all(axis.size == axes[0].size for axes in (rows, columns) for axis in axes)
-    if not even or int(call["groups"]) > 1 or request.spec(request.root).layout != PLAIN:
+    if not even or int(call["groups"]) > 1:
         return None
     n, icg, *_ = call.shape_of("input")
     ocg = weight.shape[1]
@@ -204,21 +202,44 @@ def _joint(
         part[:, :, top : top + len(row.taps), left : left + len(column.taps)] = turned[
             :, :, list(row.taps)
         ][..., list(column.taps)]
-    plan = conv_direct_plan.plan(spec, request.target.isa, request.target.l2_bytes)
-    return plan, spread.reshape(count * ocg, icg, *kernel)
+    return spec, spread.reshape(count * ocg, icg, *kernel)
+
+
+def _joint_product(request: Request, spec: ConvSpec, phases: list[_Phase]) -> Product | None:
+    """The best way to compute `_joint`'s convolution; None where its phases apart are faster.
+
+    For few output channels, which would leave most of a vector empty (a pixel shuffle's), that is
+    `conv_direct`. On blocks it is `winograd`, whose places cost less than the zeros among the taps.
+    """
+    target = request.target
+    sizes = target.isa, target.l2_bytes
+    layouts = [request.spec(node).layout for node in (request.call["input"], request.root)]
+    if layouts[1] == PLAIN:
+        best = direct_products(spec, target)[0]
+        apart = sum(conv_direct_plan.cost(phase.plan, target.isa) for phase in phases)
+        return best if best.cycles < apart else None
+    if PLAIN in layouts or not request.winograd or request.call.shape[1] % target.isa.block:
+        return None
+    apart = sum(winograd_plan.direct_cost(phase.plan.spec, *sizes) for phase in phases)
+    fewer = winograd_products(spec, target)
+    return fewer[0] if fewer and fewer[0].cycles < apart else None
 
 
 def _lower_joint(
-    request: Request, plan: ConvPlan, weight: npt.NDArray[np.float32], stride: tuple[int, int],
+    request: Request, joint: Product, weight: npt.NDArray[np.float32], stride: tuple[int, int],
     flops: int,
 ) -> KernelSource:  # fmt: skip
-    """Make the kernel of what `_joint` planned."""
+    """Make the kernel of what `_joint_product` chose."""
     call = request.call
     source: fx.Node = call["input"]
     rank, channels = len(call.shape), call.shape[1]
+    in_blocks = request.spec(request.root).layout != PLAIN
+    # In whole blocks, so that a vector of channels stays one.
+    step = request.target.isa.block if in_blocks else 1
 
     def place(n: Expr, c: Expr, h: Expr, w: Expr) -> tuple[Expr, ...]:
-        phase, channel = c // channels, c % channels
+        phase, channel = c // step // (channels // step), c // step % (channels // step)
+        channel = channel * step + c % step
         row, column = h * stride[0] + phase // stride[1], w * stride[1] + phase % stride[1]
         return (n, channel, row, column) if rank == 4 else (n, channel, column)
 
@@ -230,17 +251,18 @@ def _lower_joint(
         access = Accessors(
             x=lambda n, c, h, w: x.load((n, c, h, w) if rank == 4 else (n, c, w)),
             store=epilogue_store(request, group, out, place),
-            vector=False,
-            padded=False,
+            vector=in_blocks,
+            padded=in_blocks,
             heavy=request.heavy_epilogue,
             fence=request.fence,
+            out=lambda n, c, h, w: out.load(place(n, c, h, w)),
         )
-        conv_direct.emit(plan, task, constants[0], access)
+        joint.emit(task, constants[0], scratch, access)
 
     reads = request.reads_without(call["weight"])
-    origin = plan.describe().replace("conv_direct", "transposed") + " joint"
-    packed = conv_direct.pack_weights(weight, plan)
-    return KernelSource(origin, plan.tasks, flops, emit, reads, (packed,),
+    origin = f"transposed joint {joint.origin}"
+    return KernelSource(origin, joint.tasks, flops, emit, reads, (joint.pack(weight),),
+                        scratch=joint.scratch,
                         in_place=same_place(request, taken=[source]))  # fmt: skip
 
 
