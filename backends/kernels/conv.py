@@ -8,7 +8,6 @@ from functools import partial
 from math import prod
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 from torch import fx
 

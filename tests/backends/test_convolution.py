@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from graphopt import graph as G
 from graphopt.backends.isa.avx512 import AVX512
-from graphopt.backends.kernels import conv_direct_plan, conv_finish
+from graphopt.backends.kernels import conv_direct_plan, conv_finish, winograd_plan
 from graphopt.backends.target import get_target
 from tests.backends.harness import Builder, aten, check, origins
 
@@ -265,7 +265,35 @@ def test_transposed_to_few_channels(
     residual = b.input(b.random(*G.shape(y)))
     b.returns(b.op(aten.tanh.default, b.op(aten.add.Tensor, y, residual)))
     program = check(b, tolerance=4e-6, threads=2)
-    assert program.steps[-1].kernel.origin.endswith("joint")
+    assert program.steps[-1].kernel.origin.startswith("transposed joint conv_direct")
+
+
+@pytest.mark.parametrize(
+    ("target", "kernel", "stride", "padding", "channels"),
+    [
+        ("host", (4, 4), [2, 2], 1, (24, 32)), ("host", (3, 3), [2, 2], 1, (9, 24)),
+        ("host", (5, 4), [2, 2], 2, (16, 16)), ("host", (4,), [2], 1, (16, 24)),
+        ("host", (6, 6), [3, 2], 2, (8, 8)), ("arm", (4, 4), [2, 2], 1, (24, 32)),
+    ],
+)  # fmt: skip
+def test_transposed_by_winograd(
+    target: str, kernel: tuple[int, ...], stride: list[int], padding: int,
+    channels: tuple[int, int], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """All phases are channels of one convolution, whose blocks each belong to one phase."""
+    monkeypatch.setattr(winograd_plan, "cost", lambda *_: 0.0)
+    b = Builder(12)
+    rank, (inside, out) = len(kernel), channels
+    extra = [(2 * padding - k) % s for k, s in zip(kernel, stride, strict=True)]
+    x = b.conv(b.input(b.random(2, 3, *(7, 10)[:rank])), inside, (1,) * rank)
+    weight = b.constant(b.random(inside, out, *kernel) / 9)
+    y = b.op(
+        aten.convolution.default, x, weight, b.constant(b.random(out)), stride, [padding] * rank,
+        [1] * rank, True, extra, 1,
+    )  # fmt: skip
+    b.returns(b.conv(b.op(aten.silu.default, y), 5, (1,) * rank))
+    program = check(b, tolerance=2e-5, target=target, threads=2)
+    assert program.steps[1].kernel.origin.startswith("transposed joint winograd")
 
 
 def test_three_dimensions() -> None:
