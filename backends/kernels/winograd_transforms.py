@@ -23,18 +23,24 @@ _POINTS: dict[int, tuple[int | Fraction, ...]] = {
     4: (0, 1, -1),
     5: (0, Fraction(3, 4), Fraction(-3, 4), 2),
     6: (0, Fraction(3, 4), Fraction(-3, 4), Fraction(3, 2), Fraction(-3, 2)),
-}
+    7: (0, 1, -1, Fraction(1, 2), Fraction(-1, 2), 2),
+    8: (0, 1, -1, Fraction(1, 2), Fraction(-1, 2), 2, -2),
+    10: (
+        0, Fraction(3, 4), Fraction(-3, 4), Fraction(4, 3), Fraction(-4, 3), Fraction(1, 2),
+        Fraction(-1, 2), Fraction(5, 2), Fraction(-5, 2),
+    ),
+}  # fmt: skip
 """By the places of a tile's side, of which infinity is the last."""
 
 Row = tuple[Fraction, ...]
 Matrix = tuple[Row, ...]
 
 
-def sizes(kernel: int) -> tuple[int, ...]:
-    """Outputs of a tile's side that there are transforms for; of an axis without a kernel, one."""
+def sizes(kernel: int, most: int) -> tuple[int, ...]:
+    """Outputs of a tile's side of at most so many places; of an axis without a kernel, one."""
     if kernel == 1:
         return (1,)
-    return tuple(places - kernel + 1 for places in _POINTS if places > kernel)
+    return tuple(places - kernel + 1 for places in _POINTS if kernel < places <= most)
 
 
 @cache

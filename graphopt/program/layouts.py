@@ -14,7 +14,7 @@ from graphopt.program.partition import is_float, tensor_operands
 
 _WIDE = 32
 """Channels from which Winograd's convolution saves more than moving its input and output costs."""
-_LONGEST = 5
+_LONGEST = 7
 """The longest kernel it has transforms for. Kernels of one row or column gain less."""
 
 
