@@ -192,9 +192,9 @@ def lower_products(request: Request) -> Alternatives | None:
             Candidate(each.origin, each.cycles, partial(_product, request, view, each, weight))
             for each in winograd_products(view.spec, target)
         ]
-        direct = winograd_plan.direct_cost(view.spec, target.isa, target.l2_bytes)
-        is_faster = fewer and fewer[0].cycles < direct
-        candidates = [*fewer, *candidates] if is_faster else [*candidates, *fewer]
+        sizes = target.isa, target.l2_bytes
+        pays = fewer and winograd_plan.pays(fewer[0].cycles, [view.spec], *sizes)
+        candidates = [*fewer, *candidates] if pays else [*candidates, *fewer]
     key = key_of("convolution", view.spec, request, *layouts)
     return Alternatives(key, tuple(candidates))
 

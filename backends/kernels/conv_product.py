@@ -88,7 +88,7 @@ def deep_products(spec: ConvSpec, target: Target) -> list[Product]:
 def winograd_products(spec: ConvSpec, target: Target) -> list[Product]:
     """The ways of `winograd`, which only works on blocks, the best first; none for other kernels.
 
-    Their cycles are to be compared with `winograd_plan.direct_cost`.
+    Their cycles are for `winograd_plan.pays`.
     """
     if not winograd_plan.supports(spec, target.isa.block):
         return []

@@ -212,7 +212,6 @@ def _joint_product(request: Request, spec: ConvSpec, phases: list[_Phase]) -> Pr
     `conv_direct`. On blocks it is `winograd`, whose places cost less than the zeros among the taps.
     """
     target = request.target
-    sizes = target.isa, target.l2_bytes
     layouts = [request.spec(node).layout for node in (request.call["input"], request.root)]
     if layouts[1] == PLAIN:
         best = direct_products(spec, target)[0]
@@ -220,9 +219,10 @@ def _joint_product(request: Request, spec: ConvSpec, phases: list[_Phase]) -> Pr
         return best if best.cycles < apart else None
     if PLAIN in layouts or not request.winograd or request.call.shape[1] % target.isa.block:
         return None
-    apart = sum(winograd_plan.direct_cost(phase.plan.spec, *sizes) for phase in phases)
     fewer = winograd_products(spec, target)
-    return fewer[0] if fewer and fewer[0].cycles < apart else None
+    apart = [phase.plan.spec for phase in phases]
+    pays = fewer and winograd_plan.pays(fewer[0].cycles, apart, target.isa, target.l2_bytes)
+    return fewer[0] if pays else None
 
 
 def _lower_joint(

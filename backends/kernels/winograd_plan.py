@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
@@ -24,8 +24,19 @@ _NEAR_BYTES = 20.0
 """Bytes per cycle one core reads from beyond its second-level cache, and from it."""
 _NOT_HIDDEN = 0.25
 """Share of the shorter one that the products and their data's way do not overlap."""
+_INTO = 1.3, 0.33
+_BACK = 4.2, 0.8
+"""Cycles of a transform for a vector of channels, by place and by operation: fitted, as are the
+next two, to 250 kernels of 8 to 2,048 channels, whose times they give to 11 % on average."""
+_START = 5600
+"""Cycles of a kernel besides."""
+_PLACE = 270
+"""To begin with a place's weights, which come from memory."""
 _FOR_SMALLER_WEIGHTS = 0.08
-"""Time given for smaller weights: F(3×3)'s are 0.69 of F(4×4)'s, on flash and in memory."""
+"""Time given for smaller weights where they are no small ones: F(3×3)'s are 0.69 of F(4×4)'s, on
+flash and in memory."""
+_FOR_EXACTNESS = 0.05
+"""Time given for direct convolution, whose weights and rounding errors are smaller."""
 _DIRECT_EFFICIENCY = 0.88
 _CHANNELS_AT_ONCE = 32
 """Output channels multiplied before going back to the first place: inputs are read less often."""
@@ -276,7 +287,8 @@ def plans(spec: ConvSpec, isa: Isa, l2_bytes: int, cores: int = 4) -> list[Winog
     for conv in sorted(_candidates(spec, isa, l2_bytes), key=weigh):
         best.setdefault(conv.m, conv)
     fastest = weigh(next(iter(best.values())))
-    near = [p for p in best.values() if weigh(p) <= fastest * (1 + _FOR_SMALLER_WEIGHTS)]
+    given = _FOR_SMALLER_WEIGHTS if spec.icg * spec.ocg * prod(spec.kernel) * 4 > l2_bytes else 0.0
+    near = [p for p in best.values() if weigh(p) <= fastest * (1 + given)]
     first = min(near, key=lambda p: p.places)
     return [first, *(p for p in best.values() if p is not first)]
 
@@ -378,10 +390,21 @@ def cost(conv: WinogradPlan, isa: Isa, l2_bytes: int) -> float:
     )
     places = prod(conv.side)
     tiles = conv.cut.count * conv.cut.size
-    # Loads, stores and a few additions per element and pass, about two a cycle.
-    into = tiles * conv.in_blocks * width * places * 3.0 * conv.groups
-    back = tiles * channels / lanes * places * 2.5
-    return max(products, traffic) + _NOT_HIDDEN * min(products, traffic) + into + back
+    (back_down, _, down), (back_along, _, along) = (
+        conv.transforms(axis, m) for axis, m in enumerate(conv.m)
+    )
+    into = _INTO[0] * places + _INTO[1] * operations(down, along)
+    back = _BACK[0] * places + _BACK[1] * operations(back_down, back_along)
+    hidden = max(products, traffic) + _NOT_HIDDEN * min(products, traffic)
+    into *= tiles * conv.in_blocks * width * conv.groups
+    back *= tiles * channels / lanes
+    return hidden + into + back + _START + _PLACE * conv.places
+
+
+def pays(cycles: float, instead: Sequence[ConvSpec], isa: Isa, l2_bytes: int) -> bool:
+    """Whether a plan of so many cycles is better than direct convolution of all of these."""
+    direct = sum(direct_cost(spec, isa, l2_bytes) for spec in instead)
+    return cycles * (1 + _FOR_EXACTNESS) < direct
 
 
 def direct_cost(spec: ConvSpec, isa: Isa, l2_bytes: int) -> float:
@@ -394,4 +417,5 @@ def direct_cost(spec: ConvSpec, isa: Isa, l2_bytes: int) -> float:
     products = pixels * depth * channels / (2 * isa.lanes() * _DIRECT_EFFICIENCY)
     tile_bytes = depth * 2 * block * 4
     passes = 1 if tile_bytes <= l2_bytes // 2 else spec.out_size[0]
-    return spec.groups * max(products, depth * channels * 4 * passes / _FAR_BYTES)
+    traffic = depth * channels * 4 * passes / _FAR_BYTES
+    return spec.groups * (max(products, traffic) + _NOT_HIDDEN * min(products, traffic))
