@@ -269,7 +269,7 @@ def lower(
         gm: the graph; it is not changed.
         target: what to build for.
         name: the library's name.
-        winograd: whether 3×3 convolutions may be computed by Winograd's algorithm.
+        winograd: whether convolutions may be computed by Winograd's algorithm.
         choice: chooses where a kernel can be made in several ways.
 
     Raises:

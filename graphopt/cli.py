@@ -117,7 +117,7 @@ def compile_command(
     ] = None,
     winograd: Annotated[
         bool,
-        typer.Option(help="Let 3×3 convolutions use Winograd: faster, but larger weights."),
+        typer.Option(help="Let convolutions use Winograd: faster, but larger weights."),
     ] = True,
     tune: Annotated[
         Path | None,

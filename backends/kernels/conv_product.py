@@ -85,14 +85,14 @@ def deep_products(spec: ConvSpec, target: Target) -> list[Product]:
     return [_deep(plan, target) for plan in conv_deep_plan.plans(spec, target.isa, target.l2_bytes)]
 
 
-def winograd_products(spec: ConvSpec, target: Target) -> list[Product]:
+def winograd_products(spec: ConvSpec, target: Target, *, zeros: float = 0.0) -> list[Product]:
     """The ways of `winograd`, which only works on blocks, the best first; none for other kernels.
 
-    Their cycles are for `winograd_plan.pays`.
+    Their cycles are for `winograd_plan.pays`; `zeros` is the share of weights that are always zero.
     """
     if not winograd_plan.supports(spec, target.isa.block):
         return []
-    plans = winograd_plan.plans(spec, target.isa, target.l2_bytes, target.cores)
+    plans = winograd_plan.plans(spec, target.isa, target.l2_bytes, target.cores, zeros)
     return [_winograd(plan, spec.groups, target) for plan in plans]
 
 

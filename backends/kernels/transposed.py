@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -219,7 +220,8 @@ def _joint_product(request: Request, spec: ConvSpec, phases: list[_Phase]) -> Pr
         return best if best.cycles < apart else None
     if PLAIN in layouts or not request.winograd or request.call.shape[1] % target.isa.block:
         return None
-    fewer = winograd_products(spec, target)
+    used = sum(prod(phase.plan.spec.kernel) for phase in phases) / len(phases)
+    fewer = winograd_products(spec, target, zeros=1 - used / prod(spec.kernel))
     apart = [phase.plan.spec for phase in phases]
     pays = fewer and winograd_plan.pays(fewer[0].cycles, apart, target.isa, target.l2_bytes)
     return fewer[0] if pays else None

@@ -35,6 +35,8 @@ _PLACE = 270
 _FOR_SMALLER_WEIGHTS = 0.08
 """Time given for smaller weights where they are no small ones: F(3×3)'s are 0.69 of F(4×4)'s, on
 flash and in memory."""
+_MOST_GROWTH = 5.0
+"""How many times larger weights that are no small ones may become."""
 _FOR_EXACTNESS = 0.05
 """Time given for direct convolution, whose weights and rounding errors are smaller."""
 _DIRECT_EFFICIENCY = 0.88
@@ -264,8 +266,12 @@ def supports(spec: ConvSpec, block: int) -> bool:
     )
 
 
-def plans(spec: ConvSpec, isa: Isa, l2_bytes: int, cores: int = 4) -> list[WinogradPlan]:
+def plans(
+    spec: ConvSpec, isa: Isa, l2_bytes: int, cores: int = 4, zeros: float = 0.0
+) -> list[WinogradPlan]:
     """For each tile size the plan with the least estimated time that leaves threads an even share.
+
+    None of those whose weights would grow too much.
 
     Of a convolution in groups, they are plans of one group. The best is first: of those of nearly
     the least time the one with the smallest weights.
@@ -276,8 +282,11 @@ def plans(spec: ConvSpec, isa: Isa, l2_bytes: int, cores: int = 4) -> list[Winog
         l2_bytes: second-level cache of a core.
         cores: the most threads to share the work evenly among. Groups of output channels are tasks
             of their own then, each of which transforms the inputs again.
+        zeros: share of the weights that are always zero, and that direct convolution leaves out.
     """
     cores, spec = -(-cores // spec.groups), replace(spec, groups=1)
+    taps = prod(spec.kernel) * (1 - zeros)
+    is_large = spec.icg * spec.ocg * taps * 4 > l2_bytes
 
     def weigh(conv: WinogradPlan) -> float:
         shares = [-(-conv.tasks // n) * n / conv.tasks for n in (1, 2, 4) if n <= max(1, cores)]
@@ -285,10 +294,13 @@ def plans(spec: ConvSpec, isa: Isa, l2_bytes: int, cores: int = 4) -> list[Winog
 
     best: dict[tuple[int, int], WinogradPlan] = {}
     for conv in sorted(_candidates(spec, isa, l2_bytes), key=weigh):
-        best.setdefault(conv.m, conv)
+        if not is_large or prod(conv.side) <= _MOST_GROWTH * taps:
+            best.setdefault(conv.m, conv)
+    if not best:
+        return []
     fastest = weigh(next(iter(best.values())))
-    given = _FOR_SMALLER_WEIGHTS if spec.icg * spec.ocg * prod(spec.kernel) * 4 > l2_bytes else 0.0
-    near = [p for p in best.values() if weigh(p) <= fastest * (1 + given)]
+    given = fastest * (1 + _FOR_SMALLER_WEIGHTS * is_large)
+    near = [p for p in best.values() if weigh(p) <= given]
     first = min(near, key=lambda p: p.places)
     return [first, *(p for p in best.values() if p is not first)]
 

@@ -1,8 +1,9 @@
 """The transforms of Winograd convolution: their matrices, and vectors of channels through them.
 
 The matrices are built from interpolation points (Toom–Cook; Winograd, "Arithmetic Complexity of
-Computations", 1980), exactly. Opposite points share half their work, and 0, ±3/4, ±3/2 gave about
-half the error of the usual 0, ±1, ±2 (`tests/backends/test_winograd.py` measures both).
+Computations", 1980), exactly. Opposite points share half their work. They are those with the least
+error among fractions of small numbers: 0, ±3/4, ±3/2 gave about half the error of the usual 0, ±1,
+±2 (`tests/backends/test_winograd.py` measures both).
 """
 
 from __future__ import annotations

@@ -54,35 +54,56 @@ def test_operations_of_the_transforms() -> None:
     assert winograd_transforms.operations(back, back) == 24
 
 
-def _error(m: int, points: tuple[object, ...], monkeypatch: pytest.MonkeyPatch) -> float:
-    """Root mean square error of F(m×m,3×3) in float32 on normal data."""
-    monkeypatch.setitem(winograd_transforms._POINTS, m + 2, points)
-    winograd_transforms.transforms.cache_clear()
-    a, g, b = (
-        np.array([[float(v) for v in row] for row in matrix])
-        for matrix in winograd_transforms.transforms(m, 3)
-    )
-    winograd_transforms.transforms.cache_clear()
+def _error(m: tuple[int, int], kernel: tuple[int, int]) -> float:
+    """Root mean square error of F(m, kernel) in float32 on normal data, beside the result's."""
+    matrices = [
+        [
+            np.array([[float(v) for v in row] for row in t])
+            for t in winograd_transforms.transforms(*n)
+        ]
+        for n in zip(m, kernel, strict=True)
+    ]
+    (a, a2), (g, g2), (b, b2) = zip(*matrices, strict=True)
     rng = np.random.default_rng(0)
-    d, k = rng.standard_normal((500, m + 2, m + 2)), rng.standard_normal((500, 3, 3))
+    d, k = rng.standard_normal((500, len(b), len(b2))), rng.standard_normal((500, *kernel))
     exact = sum(
-        k[:, i : i + 1, j : j + 1] * d[:, i : i + m, j : j + m] for i in range(3) for j in range(3)
+        k[:, i : i + 1, j : j + 1] * d[:, i : i + m[0], j : j + m[1]]
+        for i in range(kernel[0])
+        for j in range(kernel[1])
     )
-    spectrum = np.float32(np.einsum("ai,nij,bj->nab", g, k, g))
-    left, right = np.float32(b), np.float32(a)
-    inputs = np.einsum("naj,bj->nab", np.einsum("ai,nij->naj", left, np.float32(d)), left)
-    out = np.einsum("naj,bj->nab", np.einsum("ai,nij->naj", right, spectrum * inputs), right)
-    return float(np.sqrt(((out - exact) ** 2).mean()))
+    spectrum = np.float32(np.einsum("ai,nij,bj->nab", g, k, g2))
+    a, a2, b, b2 = (np.float32(each) for each in (a, a2, b, b2))
+    inputs = np.einsum("naj,bj->nab", np.einsum("ai,nij->naj", b, np.float32(d)), b2)
+    out = np.einsum("naj,bj->nab", np.einsum("ai,nij->naj", a, spectrum * inputs), a2)
+    return float(np.sqrt(((out - exact) ** 2).mean() / (exact**2).mean()))
 
 
 @pytest.mark.parametrize(
     ("m", "usual", "share"), [(3, (0, 1, -1, 2), 0.85), (4, (0, 1, -1, 2, -2), 0.65)]
 )
 def test_the_points_are_better_than_the_usual_ones(
-    m: int, usual: tuple[object, ...], share: float, monkeypatch: pytest.MonkeyPatch
+    m: int, usual: tuple[int, ...], share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours = _error(m, winograd_transforms._POINTS[m + 2], monkeypatch)
-    assert ours < share * _error(m, usual, monkeypatch)
+    ours = _error((m, m), (3, 3))
+    monkeypatch.setitem(winograd_transforms._POINTS, m + 2, usual)
+    winograd_transforms.transforms.cache_clear()
+    theirs = _error((m, m), (3, 3))
+    winograd_transforms.transforms.cache_clear()
+    assert ours < share * theirs
+
+
+@pytest.mark.parametrize(
+    ("m", "kernel", "most"),
+    [
+        ((2, 2), (3, 3), 1.3e-7), ((4, 4), (3, 3), 4.5e-7), ((1, 6), (1, 3), 4e-7),
+        ((1, 8), (1, 3), 1e-6), ((1, 4), (1, 7), 1.1e-6), ((2, 2), (5, 5), 5e-7),
+        ((4, 4), (5, 5), 1.7e-6), ((5, 5), (4, 4), 1.7e-6), ((2, 2), (7, 7), 2.2e-6),
+    ],
+)  # fmt: skip
+def test_errors(m: tuple[int, int], kernel: tuple[int, int], most: float) -> None:
+    """Of large tiles; F(6×6,3×3), with four times the error of F(4×4,3×3), is none of them."""
+    assert m[0] in {n for n, _ in winograd._tiles(kernel)}
+    assert _error(m, kernel) < most
 
 
 @settings(max_examples=5, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
