@@ -123,6 +123,7 @@ def lower_transposed(request: Request) -> KernelSource | None:
                 padded=in_blocks and groups == 1,
                 heavy=request.heavy_epilogue,
                 fence=request.fence,
+                vector_in=request.spec(source).layout != PLAIN,
             )
             weights = T.decl_buffer(
                 (packed.size - phase.first_weight,), "float32", data=constants[0].data,
