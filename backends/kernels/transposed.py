@@ -217,8 +217,8 @@ def _joint_product(request: Request, spec: ConvSpec, phases: list[_Phase]) -> Pr
     layouts = [request.spec(node).layout for node in (request.call["input"], request.root)]
     if layouts[1] == PLAIN:
         best = direct_products(spec, target)[0]
-        apart = sum(conv_direct_plan.cost(phase.plan, target.isa) for phase in phases)
-        return best if best.cycles < apart else None
+        cycles = sum(conv_direct_plan.cost(phase.plan, target.isa) for phase in phases)
+        return best if best.cycles < cycles else None
     if PLAIN in layouts or not request.winograd or request.call.shape[1] % target.isa.block:
         return None
     used = sum(prod(phase.plan.spec.kernel) for phase in phases) / len(phases)
