@@ -36,6 +36,9 @@ from graphopt.backends.kernels.tiling import LINE, split
 from graphopt.ops.math import share
 from graphopt.ops.opdef import Expr
 
+_ASKING = 4
+"""Tiles of pixels that ask for a share of the next panel each."""
+
 
 def pack_weights(weight: npt.NDArray[Any], deep: DeepPlan) -> npt.NDArray[np.float32]:
     """Pack `(oc, ic, KH, KW)` weights in the order in which tasks read them.
@@ -74,6 +77,7 @@ class _Tile:
         channel_block: its first block of output channels.
         panel: number of its panel of weights.
         vectors: its blocks.
+        pieces: tiles of pixels that share the asking for the next panel.
     """
 
     part: Expr
@@ -81,6 +85,7 @@ class _Tile:
     channel_block: Expr
     panel: Expr
     vectors: int
+    pieces: int
 
 
 class _Task:
@@ -145,9 +150,10 @@ class _Task:
     def _cut(
         self, part: Expr, t: Expr, channel_block: Expr, panel: Expr, vectors: int, total: int
     ) -> None:
-        tile = _Tile(part, t, channel_block, panel, vectors)
+        cut = split(total, self.deep.pixels)
+        tile = _Tile(part, t, channel_block, panel, vectors, min(cut.count, _ASKING))
         waits = self.access.heavy or self.access.row > 0
-        for kind in split(total, self.deep.pixels).kinds():
+        for kind in cut.kinds():
             pixels, start, before, count = kind
             if waits and self.deep.parts == 1:
                 self._bands(tile, *kind)
@@ -274,9 +280,8 @@ class _Task:
             return x(p, number, first_lane + lane)
 
         def ask_ahead(row: Expr) -> None:
-            # A quarter of the next panel's lines each: four pieces ask for all of it.
-            for line in range(0, max(1, QUAD * width // LINE), 4):
-                ahead = deep.part_depth * width + (line + piece % 4) * LINE
+            for line in range(0, max(1, QUAD * width // LINE), tile.pieces):
+                ahead = deep.part_depth * width + (line + piece % tile.pieces) * LINE
                 prefetch(self.weights[row + ahead])
 
         with loop(deep.part_depth // block) as number:

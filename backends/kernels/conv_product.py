@@ -29,6 +29,10 @@ from graphopt.backends.target import Target
 from graphopt.ops.math import share
 from graphopt.ops.opdef import Expr
 
+_WAITS = 0.1
+"""Cycles that direct convolution waits for a byte of weights from memory, which it does not ask for
+ahead: 384→256, 3×3, stride 2 on 10×9 took 637 µs instead of 490."""
+
 
 @dataclass(frozen=True)
 class Product:
@@ -97,8 +101,12 @@ def winograd_products(spec: ConvSpec, target: Target, *, zeros: float = 0.0) -> 
 
 
 def _direct(plan: ConvPlan, target: Target, plain: bool) -> Product:
+    spec = plan.spec
+    weights = 4 * spec.groups * spec.icg * spec.ocg * spec.kernel[0] * spec.kernel[1]
+    waits = _WAITS * weights if weights > target.l2_bytes else 0.0
+    cycles = waits + conv_direct_plan.cost(plan, target.isa, plain=plain)
     return Product(
-        plan.describe(), conv_direct_plan.cost(plan, target.isa, plain=plain), plan.tasks, 0,
+        plan.describe(), cycles, plan.tasks, 0,
         lambda weight: conv_direct.pack_weights(weight, plan),
         lambda task, weights, scratch, access: conv_direct.emit(plan, task, weights, access),
     )  # fmt: skip

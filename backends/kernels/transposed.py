@@ -1,4 +1,4 @@
-"""Transposed convolution as one direct convolution for each phase of the output.
+"""Transposed convolution as one convolution for each phase of the output.
 
 With stride s, output rows q·s + r for one r see only the kernel rows congruent to r + padding
 modulo s: seen alone, they are a convolution with stride 1 by a part of the kernel, turned round
@@ -20,12 +20,16 @@ from torch import fx
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from graphopt.backends.kernels import conv_direct, conv_direct_plan, winograd_plan
+from graphopt.backends.kernels import winograd_plan
 from graphopt.backends.kernels.base import KernelSource, Request, same_place
 from graphopt.backends.kernels.builder import View
 from graphopt.backends.kernels.conv import epilogue_store
-from graphopt.backends.kernels.conv_direct_plan import ConvPlan
-from graphopt.backends.kernels.conv_product import Product, direct_products, winograd_products
+from graphopt.backends.kernels.conv_product import (
+    Product,
+    direct_products,
+    products,
+    winograd_products,
+)
 from graphopt.backends.kernels.conv_spec import Accessors, ConvSpec
 from graphopt.backends.kernels.fusion import Group
 from graphopt.ops.opdef import Call, Expr
@@ -68,11 +72,12 @@ def _axes(kernel: int, stride: int, padding: int, out: int) -> list[_Axis] | Non
 
 @dataclass(frozen=True)
 class _Phase:
-    """A phase of both axes, its plan, and where its tasks and weights begin."""
+    """A phase of both axes, how it is computed, and where its tasks and weights begin."""
 
     rows: _Axis
     columns: _Axis
-    plan: ConvPlan
+    spec: ConvSpec
+    product: Product
     first_task: int
     first_weight: int
 
@@ -96,7 +101,7 @@ def lower_transposed(request: Request) -> KernelSource | None:
         return None
     phases, packed = _plan(request, call, weight, pairs)
     source: fx.Node = call["input"]
-    flops = sum(phase.plan.spec.flops for phase in phases)
+    flops = sum(phase.spec.flops for phase in phases)
     joint = _joint(call, weight, rows, columns)
     best = _joint_product(request, joint[0], phases) if joint is not None else None
     if joint is not None and best is not None:
@@ -131,14 +136,15 @@ def lower_transposed(request: Request) -> KernelSource | None:
             )  # fmt: skip
             # Never negative; said so that divisions stay plain ones.
             number = tirx.max(task - phase.first_task, 0)
-            conv_direct.emit(phase.plan, number, weights, access)
+            phase.product.emit(number, weights, scratch, access)
 
         _branch(task, phases, one)
 
-    tasks = phases[-1].first_task + phases[-1].plan.tasks
+    tasks = phases[-1].first_task + phases[-1].product.tasks
     reads = request.reads_without(call["weight"])
-    origin = phases[0].plan.describe().replace("conv_direct", "transposed")
-    return KernelSource(origin, tasks, flops, emit, reads, (packed,),
+    origin = f"transposed {phases[0].product.origin}"
+    scratch = max(phase.product.scratch for phase in phases)
+    return KernelSource(origin, tasks, flops, emit, reads, (packed,), scratch=scratch,
                         in_place=same_place(request, taken=[source]))  # fmt: skip
 
 
@@ -162,17 +168,16 @@ def _plan(
     phases: list[_Phase] = []
     packed: list[npt.NDArray[np.float32]] = []
     tasks = weights = 0
-    target = request.target
+    plain = request.spec(call["input"]).layout == PLAIN
     for rows, columns in pairs:
         spec = ConvSpec(
             n, groups, icg, ocg, size, (rows.size, columns.size),
             (len(rows.taps), len(columns.taps)), padding=(rows.padding, columns.padding),
         )  # fmt: skip
-        plan = conv_direct_plan.plan(spec, target.isa, target.l2_bytes)
-        phases.append(_Phase(rows, columns, plan, tasks, weights))
-        part = turned[:, :, list(rows.taps)][..., list(columns.taps)]
-        packed.append(conv_direct.pack_weights(part, plan))
-        tasks += plan.tasks
+        best = products(spec, request.target, plain=plain)[0]
+        phases.append(_Phase(rows, columns, spec, best, tasks, weights))
+        packed.append(best.pack(turned[:, :, list(rows.taps)][..., list(columns.taps)]))
+        tasks += best.tasks
         weights += packed[-1].size
     return phases, np.concatenate(packed)
 
@@ -217,13 +222,12 @@ def _joint_product(request: Request, spec: ConvSpec, phases: list[_Phase]) -> Pr
     layouts = [request.spec(node).layout for node in (request.call["input"], request.root)]
     if layouts[1] == PLAIN:
         best = direct_products(spec, target)[0]
-        cycles = sum(conv_direct_plan.cost(phase.plan, target.isa) for phase in phases)
-        return best if best.cycles < cycles else None
+        return best if best.cycles < sum(phase.product.cycles for phase in phases) else None
     if PLAIN in layouts or not request.winograd or request.call.shape[1] % target.isa.block:
         return None
-    used = sum(prod(phase.plan.spec.kernel) for phase in phases) / len(phases)
+    used = sum(prod(phase.spec.kernel) for phase in phases) / len(phases)
     fewer = winograd_products(spec, target, zeros=1 - used / prod(spec.kernel))
-    apart = [phase.plan.spec for phase in phases]
+    apart = [phase.spec for phase in phases]
     pays = fewer and winograd_plan.pays(fewer[0].cycles, apart, target.isa, target.l2_bytes)
     return fewer[0] if pays else None
 

@@ -268,6 +268,22 @@ def test_transposed_to_few_channels(
     assert program.steps[-1].kernel.origin.startswith("transposed joint conv_direct")
 
 
+@pytest.mark.parametrize("target", ["host", "arm"])
+def test_deep_products_of_phases(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many weights for few pixels: a GAN's first layers. The phases have taps of two sizes."""
+    monkeypatch.setattr(winograd_plan, "pays", lambda *_: False)
+    b = Builder(13)
+    x = b.conv(b.input(b.random(2, 3, 5, 6)), 256, (1, 1))
+    weight = b.constant(b.random(256, 200, 5, 4) / 40)
+    y = b.op(
+        aten.convolution.default, x, weight, b.constant(b.random(200)), [2, 2], [2, 1], [1, 1],
+        True, [1, 0], 1,
+    )  # fmt: skip
+    b.returns(b.conv(b.op(aten.silu.default, y), 5, (1, 1)))
+    program = check(b, tolerance=4e-6, target=target, threads=2)
+    assert program.steps[1].kernel.origin.startswith("transposed conv_deep")
+
+
 @pytest.mark.parametrize(
     ("target", "kernel", "stride", "padding", "channels"),
     [
