@@ -143,12 +143,20 @@ def _stack(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
 
 
 def _cat(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
+    # Parts without elements add nothing but their dtype: what a roll by 0 is exported with.
+    parts = [part for part in a["tensors"] if 0 not in shape(part)]
     # torch.cat skips 1-D empty tensors whatever the rank of the others.
-    parts = [part for part in a["tensors"] if shape(part) != (0,) or rank(node) == 1]
+    parts = parts or [part for part in a["tensors"] if rank(part) == rank(node)]
     dim = wrap(a["dim"], rank(node))
     if dim == a["dim"] and len(parts) == len(a["tensors"]):
         return None
-    return ed.call(aten.cat.default, parts, dim)
+    joined = ed.call(aten.cat.default, parts, dim)
+    dtype = value(node).dtype
+    return (
+        joined
+        if value(joined).dtype == dtype
+        else ed.call(aten._to_copy.default, joined, dtype=dtype)
+    )
 
 
 def _pad(ed: Editor, _node: fx.Node, a: Arguments) -> Outcome:

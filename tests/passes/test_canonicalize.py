@@ -86,6 +86,18 @@ CASES: dict[str, tuple[Callable[[Build], Made], list[str]]] = {
         ["reshape", "reshape", "cat"],
     ),
     "cat": (lambda b: b.call(aten.cat.default, [image(b), image(b)], -1), ["cat"]),
+    "cat of nothing": (
+        lambda b: b.call(
+            aten.cat.default,
+            [b.call(aten.slice.Tensor, image(b), 1, 4, 4, 1), image(b), b.input(0)],
+            1,
+        ),
+        ["cat"],
+    ),
+    "cat of nothing but its dtype": (
+        lambda b: b.call(aten.cat.default, [b.input(0), b.input(2, 3, dtype=torch.int32)], 1),
+        ["cat", "_to_copy"],
+    ),
     "pad": (lambda b: b.call(aten.pad.default, image(b), [1, 2]), ["constant_pad_nd"]),
     "index": (
         lambda b: b.call(aten.index.Tensor, image(b), [None, b.const(torch.tensor([-1, 0]))]),
