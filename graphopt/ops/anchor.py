@@ -87,11 +87,11 @@ _SOFTMAX = tuple(
 _RESIZED = (
     *(((2, 10, 5, 7), (size, corners, None)) for size in ([10, 14], [3, 11], [1, 1], [5, 7])
       for corners in (False, True)),
-    *(((2, 10, 5, 7), (None, False, factors))
-      for factors in ([2.0, 3.0], [1.7, 0.6], [1.7, 1.1])),
+    *(((2, 10, 5, 7), (None, False, factors)) for factors in ([2.0, 3.0], [1.7, 0.6])),
     ((2, 10, 5, 7), (None, True, [1.7, 2.0])),
     *(((2, 3, 11), rest) for rest in (([25], False, None), ([25], True, None),
                                       (None, False, [2.6]))),
+    ((2, 10, 5, 7), (None, False, [1.7, 1.1])),
 )  # fmt: skip
 
 ANCHOR: tuple[OpDef, ...] = (
