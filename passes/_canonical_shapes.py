@@ -143,12 +143,20 @@ def _stack(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
 
 
 def _cat(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
+    # Parts without elements add nothing but their dtype: what a roll by 0 is exported with.
+    parts = [part for part in a["tensors"] if 0 not in shape(part)]
     # torch.cat skips 1-D empty tensors whatever the rank of the others.
-    parts = [part for part in a["tensors"] if shape(part) != (0,) or rank(node) == 1]
+    parts = parts or [part for part in a["tensors"] if rank(part) == rank(node)]
     dim = wrap(a["dim"], rank(node))
     if dim == a["dim"] and len(parts) == len(a["tensors"]):
         return None
-    return ed.call(aten.cat.default, parts, dim)
+    joined = ed.call(aten.cat.default, parts, dim)
+    dtype = value(node).dtype
+    return (
+        joined
+        if value(joined).dtype == dtype
+        else ed.call(aten._to_copy.default, joined, dtype=dtype)
+    )
 
 
 def _pad(ed: Editor, _node: fx.Node, a: Arguments) -> Outcome:
@@ -158,22 +166,33 @@ def _pad(ed: Editor, _node: fx.Node, a: Arguments) -> Outcome:
 
 
 def _index(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
-    """x[:, constant] → index_select (+ reshape when the indices are not a vector)."""
+    """x[:, rows, columns] → index_select by each constant (+ reshape when they are not vectors)."""
     x = a["self"]
     given = [(dim, index) for dim, index in enumerate(a["indices"]) if index is not None]
-    if len(given) != 1:
-        return Refusal("indexing by several tensors at once")
-    dim, index = given[0]
-    places = constant(ed.gm, index)
-    if places is None or places.dtype not in (torch.int32, torch.int64):
-        # index_select takes no negative indices, and those of an input can be negative.
-        return Refusal("indices that are not constant integers")
-    flat = places.reshape(-1).to(torch.int64)
-    flat = torch.where(flat < 0, flat + shape(x)[dim], flat)
-    picked = ed.call(aten.index_select.default, x, dim, ed.constant(f"{node.name}_index", flat))
-    if places.ndim == 1:
-        return picked
-    return ed.call(aten.reshape.default, picked, list(shape(node)))
+    places: list[tuple[int, torch.Tensor]] = []
+    for dim, index in given:
+        at = constant(ed.gm, index)
+        if at is None or at.dtype not in (torch.int32, torch.int64):
+            # index_select takes no negative indices, and those of an input can be negative.
+            return Refusal("indices that are not constant integers")
+        places.append((dim, at))
+    if not _crossed(places):
+        return Refusal("indexing by several tensors that vary together")
+    for dim, at in places:
+        flat = at.reshape(-1).to(torch.int64)
+        flat = torch.where(flat < 0, flat + shape(x)[dim], flat)
+        x = ed.call(aten.index_select.default, x, dim, ed.constant(f"{node.name}_index", flat))
+    return x if shape(x) == shape(node) else ed.call(aten.reshape.default, x, list(shape(node)))
+
+
+def _crossed(places: list[tuple[int, torch.Tensor]]) -> bool:
+    """Whether neighbouring dimensions are indexed by what varies along an axis of its own each.
+
+    As in x[:, rows[:, None], columns], which resizing and unfolding of pictures come to.
+    """
+    dims = [dim for dim, _ in places]
+    axes = [axis for _, at in places for axis in range(-at.ndim, 0) if at.shape[axis] != 1]
+    return dims == list(range(dims[0], dims[0] + len(dims))) and axes == sorted(set(axes))
 
 
 def _gathered(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:

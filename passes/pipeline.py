@@ -30,6 +30,8 @@ def default_pipeline() -> list[Pass]:
     return [
         Canonicalize(),
         FoldConstants(),
+        # What is indexed by a computed constant has another form only now.
+        Canonicalize(),
         Simplify(),
         EliminateCommonSubexpressions(),
         # Before constants move into weights: these are recognized by their constants.

@@ -51,7 +51,8 @@ def _axis(call: Call, axis: int) -> _Axis:
     if call["align_corners"]:
         source = place * np.float32((size - 1) / (out - 1) if out > 1 else 0.0)
     else:
-        step = size / out if factors is None else 1.0 / float(factors[axis - 2])
+        # An axis that keeps its size is copied, whatever its factor.
+        step = size / out if factors is None or size == out else 1.0 / float(factors[axis - 2])
         half = np.float32(0.5)
         source = np.maximum((place + half) * np.float32(step) - half, np.float32(0.0))
     low = np.minimum(source.astype(np.int32), size - 1)

@@ -47,6 +47,7 @@ KEPT: tuple[Any, ...] = (
     aten.adaptive_avg_pool2d.default,
     aten.upsample_nearest2d.vec,
     aten.upsample_bilinear2d.vec,
+    aten.upsample_linear1d.vec,
 )
 
 Shape = Sequence[int] | int

@@ -91,6 +91,7 @@ _RESIZED = (
     ((2, 10, 5, 7), (None, True, [1.7, 2.0])),
     *(((2, 3, 11), rest) for rest in (([25], False, None), ([25], True, None),
                                       (None, False, [2.6]))),
+    ((2, 10, 5, 7), (None, False, [2.0, 1.1])),
 )  # fmt: skip
 
 ANCHOR: tuple[OpDef, ...] = (

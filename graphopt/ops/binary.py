@@ -10,7 +10,7 @@ import torch
 from tvm import tirx
 from tvm_ffi import structural_equal
 
-from graphopt.ops.math import dtype_of, equal, is_nan, not_equal, share
+from graphopt.ops.math import dtype_of, equal, hidden, is_nan, not_equal, share
 from graphopt.ops.opdef import Call, Expr, Kind, OpDef, Sample
 from graphopt.ops.power import pow as power
 from graphopt.ops.power import pow_constant
@@ -31,6 +31,11 @@ def _numbers(call: Call, a: Expr, b: Expr) -> tuple[Expr, Expr]:
     return wide(a), wide(b)
 
 
+def _factor(x: Expr) -> Expr:
+    """A value to multiply or divide: TVM takes 0 times anything for 0, but times inf it is NaN."""
+    return hidden(x) if isinstance(x, tirx.FloatImm) and x.value == 0 else x
+
+
 def _scaled(value: Expr, alpha: Any) -> Expr:
     return value if alpha == 1 else value * tirx.const(alpha, dtype_of(value))
 
@@ -42,6 +47,8 @@ def _add(call: Call, a: Expr, b: Expr) -> Expr:
 
 def _sub(call: Call, a: Expr, b: Expr) -> Expr:
     a, b = _numbers(call, a, b)
+    if is_float(a) and structural_equal(a, b):
+        a = hidden(a)  # TVM would answer 0, but of inf it is NaN.
     return a - _scaled(b, call["alpha"])
 
 
@@ -51,11 +58,12 @@ def _rsub(call: Call, a: Expr, b: Expr) -> Expr:
 
 def _mul(call: Call, a: Expr, b: Expr) -> Expr:
     a, b = _numbers(call, a, b)
-    return a * b
+    return _factor(a) * _factor(b)
 
 
 def _quotient(a: Expr, b: Expr) -> Expr:
     """a / b for floats."""
+    a = _factor(a)
     if isinstance(b, tirx.FloatImm) and b.value == 0:
         # TVM refuses to divide by 0; this gives the same infinities and NaN.
         return a * tirx.const(copysign(inf, b.value), dtype_of(b))
@@ -92,7 +100,7 @@ def _float_fmod(a: Expr, b: Expr) -> Expr:
     """What is left of a / b rounded to zero; exact for quotients below 2²⁸."""
     a, b = share(a), share(b)
     x, y = share(_float64(a)), share(_float64(b))
-    left = share(tirx.trunc(_quotient(x, y))) * y
+    left = share(tirx.trunc(_quotient(x, y))) * _factor(y)
     rest = share(tirx.Cast("float32", x - left))
     inf = tirx.const(float("inf"), "float32")
     infinite = tirx.Select(tirx.abs(a) < inf, a, tirx.const(float("nan"), "float32"))

@@ -156,6 +156,11 @@ def share(value: Expr) -> Expr:
     """The value, computed once and opaque to TVM's simplifier."""
     if isinstance(value, (tirx.Var, tirx.IntImm, tirx.FloatImm)):
         return value
+    return hidden(value)
+
+
+def hidden(value: Expr) -> Expr:
+    """The value, a constant too, opaque to TVM's simplifier."""
     return T.bind(tirx.call_intrin(dtype_of(value), _OPAQUE, value))
 
 

@@ -253,3 +253,13 @@ def test_a_plain_image_is_not_read_past_its_end(tmp_path: Path) -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.stdout == "done\n", run.stderr
+
+
+def test_gathers_through_padding() -> None:
+    """Rows and columns picked from a padded image, as unfolding does."""
+    b = Builder(3)
+    node = b.op(aten.constant_pad_nd.default, b.input(b.random(1, 2, 5, 6)), [1, 1, 1, 1], 0.5)
+    for dim in (2, 3):
+        node = b.op(aten.index_select.default, node, dim, b.constant(torch.arange(11) % 7))
+    b.returns(node)
+    check(b, tolerance=0)

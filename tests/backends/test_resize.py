@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, assume, example, given, settings
 from hypothesis import strategies as st
 
 from graphopt.backends.kernels import resize
@@ -32,6 +32,25 @@ def test_any_size(
         b.returns(plain, b.op(aten.sigmoid.default, first), b.conv(second, 4, (1, 1)))
         program = check(b, tolerance=3e-6)
     assert origins(program).count("resize") == 3
+
+
+FACTORS = st.sampled_from([0.5, 0.7, 1.0, 1.04, 1.1, 1.3, 2.0, 2.6])
+
+
+@settings(max_examples=8, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@given(SIZES, FACTORS, FACTORS)
+@example((8, 3), 1.25, 1.06)
+def test_any_factor(size: tuple[int, int], tall: float, wide: float) -> None:
+    """PyTorch steps by a factor where the size changes, and copies where it does not."""
+    assume(min(int(size[0] * tall), int(size[1] * wide)) > 0)
+    b = Builder(0)
+    x = b.input(b.random(1, 2, *size))
+    line = b.input(b.random(1, 2, size[1]))
+    b.returns(
+        b.op(aten.upsample_bilinear2d.vec, x, None, False, [tall, wide]),
+        b.op(aten.upsample_linear1d.vec, line, None, False, [wide]),
+    )
+    check(b, tolerance=3e-6)
 
 
 @pytest.mark.parametrize("target", ["host", "x86-64-v2", "arm"])

@@ -50,6 +50,7 @@ KEPT = [
     (lambda x: functional.adaptive_avg_pool2d(x, 3), aten.adaptive_avg_pool2d.default),
     (lambda x: functional.interpolate(x, scale_factor=2), aten.upsample_nearest2d.vec),
     (lambda x: functional.interpolate(x, (5, 7), mode="bilinear"), aten.upsample_bilinear2d.vec),
+    (lambda x: functional.interpolate(x[0], 5, mode="linear"), aten.upsample_linear1d.vec),
     (lambda x: functional.layer_norm(x, (8,)), aten.layer_norm.default),
     (lambda x: x @ x.mT, aten.matmul.default),
     (lambda x: functional.scaled_dot_product_attention(x, x, x),

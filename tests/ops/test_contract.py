@@ -35,9 +35,6 @@ ALWAYS_PLAIN = frozenset({
 })  # fmt: skip
 # Of the samples of special values, what differs from PyTorch, and why.
 NOT_AS_PYTORCH = {
-    "mul Scalar 1": "TVM folds a product with 0 to 0, also where the other factor is inf or NaN",
-    "fmod Scalar 1": "ends in such a product: what is left of x / 0 is x, not NaN",
-    "remainder Scalar 1": "as fmod",
     "div Tensor_mode 1 floor": "inf / x is inf and -x / inf is -0; PyTorch has NaN and -1",
 }
 
