@@ -7,6 +7,7 @@ from graphopt.backends.kernels.conv import lower_depthwise, lower_products
 from graphopt.backends.kernels.conv_fold import lower_fold
 from graphopt.backends.kernels.linear import lower_linear
 from graphopt.backends.kernels.matmul import lower_attention, lower_matmul
+from graphopt.backends.kernels.order import lower_order
 from graphopt.backends.kernels.pool import lower_pool
 from graphopt.backends.kernels.recurrent import lower_recurrent
 from graphopt.backends.kernels.resize import lower_resize
@@ -28,6 +29,7 @@ GENERATORS: dict[str, tuple[Generator, ...]] = {
     "lstm": (lower_recurrent,),
     "gru": (lower_recurrent,),
     "rnn": (lower_recurrent,),
+    "order": (lower_order,),
     "max_pool2d": (lower_pool,),
     "avg_pool2d": (lower_pool,),
 }

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch._decomp import get_decompositions
 
-from graphopt.importers import torch_recurrent
+from graphopt.importers import torch_order, torch_recurrent
 
 aten = torch.ops.aten
 
@@ -87,6 +87,7 @@ def _full_like(
 EXTRA: dict[Any, Callable[..., Any]] = {
     aten.linalg_vector_norm.default: _vector_norm,
     aten.full_like.default: _full_like,
+    **torch_order.RULES,
     **torch_recurrent.RULES,
     **get_decompositions([aten.native_group_norm.default, aten._log_softmax.default]),
 }

@@ -21,6 +21,7 @@ from graphopt.importers.onnx.values import (
     rank,
     shape,
 )
+from graphopt.ops.order import order
 
 aten = torch.ops.aten
 
@@ -150,7 +151,7 @@ def _is_run(flat: torch.Tensor) -> bool:
     return torch.equal(flat, torch.arange(flat.numel()) + flat[0])
 
 
-def arg_extreme(target: Callable[..., torch.Tensor]) -> Callable[[Context, OnnxNode], Value]:
+def arg_extreme(largest: bool) -> Callable[[Context, OnnxNode], Value]:
     """Where the largest or smallest element is; the first one among equals."""
 
     def handler(ctx: Context, node: OnnxNode) -> Value:
@@ -158,9 +159,24 @@ def arg_extreme(target: Callable[..., torch.Tensor]) -> Callable[[Context, OnnxN
             raise Refused("select_last_index = 1")
         x = node.value(0)
         axis = axis_of(node.get_int("axis", 0), rank(x))
-        return ctx.op(target, x, axis, bool(node.get_int("keepdims", 1)))
+        places = ctx.op(order, x, 1, axis, largest)
+        if node.get_int("keepdims", 1):
+            return places
+        return reshape_to(ctx, places, [*shape(x)[:axis], *shape(x)[axis + 1 :]])
 
     return handler
+
+
+def top_k(ctx: Context, node: OnnxNode) -> tuple[Value, ...]:
+    """The largest or smallest elements along an axis, in order, and their places.
+
+    K is an attribute before opset 10; equal elements are in the order of their places.
+    """
+    x = node.value(0)
+    axis = axis_of(node.get_int("axis", -1), rank(x))
+    k = node.get_int("k", 0) if ctx.opset < 10 else int(number(node.value(1), "K"))
+    places = ctx.op(order, x, k, axis, bool(node.get_int("largest", 1)))
+    return ctx.op(aten.gather.default, x, axis, places), places
 
 
 def cumulative_sum(ctx: Context, node: OnnxNode) -> Value:
@@ -173,13 +189,14 @@ def cumulative_sum(ctx: Context, node: OnnxNode) -> Value:
     return ctx.op(aten.cumsum.default, x, axis, dtype=dtype)
 
 
-HANDLERS: dict[str, Callable[[Context, OnnxNode], Value]] = {
-    "ArgMax": arg_extreme(aten.argmax.default),
-    "ArgMin": arg_extreme(aten.argmin.default),
+HANDLERS: dict[str, Callable[[Context, OnnxNode], Value | tuple[Value, ...]]] = {
+    "ArgMax": arg_extreme(True),
+    "ArgMin": arg_extreme(False),
     "CumSum": cumulative_sum,
     "Gather": gather,
     "GatherElements": gather_elements,
     "GatherND": gather_nd,
     "ScatterND": scatter_nd,
     "Slice": slice_,
+    "TopK": top_k,
 }
