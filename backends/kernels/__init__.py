@@ -12,6 +12,7 @@ from graphopt.backends.kernels.pool import lower_pool
 from graphopt.backends.kernels.recurrent import lower_recurrent
 from graphopt.backends.kernels.resize import lower_resize
 from graphopt.backends.kernels.rows import lower_layer_norm, lower_softmax
+from graphopt.backends.kernels.scan import lower_cumsum
 from graphopt.backends.kernels.transposed import lower_transposed
 
 GENERATOR_VERSION = 7
@@ -29,6 +30,7 @@ GENERATORS: dict[str, tuple[Generator, ...]] = {
     "lstm": (lower_recurrent,),
     "gru": (lower_recurrent,),
     "rnn": (lower_recurrent,),
+    "cumsum": (lower_cumsum,),
     "order": (lower_order,),
     "max_pool2d": (lower_pool,),
     "avg_pool2d": (lower_pool,),
