@@ -5,6 +5,7 @@ from __future__ import annotations
 from graphopt.backends.kernels.base import Generator
 from graphopt.backends.kernels.conv import lower_depthwise, lower_products
 from graphopt.backends.kernels.conv_fold import lower_fold
+from graphopt.backends.kernels.grid_sample import lower_grid_sample
 from graphopt.backends.kernels.linear import lower_linear
 from graphopt.backends.kernels.matmul import lower_attention, lower_matmul
 from graphopt.backends.kernels.order import lower_order
@@ -31,6 +32,7 @@ GENERATORS: dict[str, tuple[Generator, ...]] = {
     "gru": (lower_recurrent,),
     "rnn": (lower_recurrent,),
     "cumsum": (lower_cumsum,),
+    "grid_sample": (lower_grid_sample,),
     "order": (lower_order,),
     "max_pool2d": (lower_pool,),
     "avg_pool2d": (lower_pool,),
