@@ -20,6 +20,7 @@ from graphopt.passes.fuse_attention import FuseAttention
 from graphopt.passes.fuse_gelu import FuseGelu
 from graphopt.passes.fuse_layer_norm import FuseLayerNorm
 from graphopt.passes.merge_siblings import MergeSiblings
+from graphopt.passes.multiply_computed_weights import MultiplyComputedWeights
 from graphopt.passes.read_causal_masks import ReadCausalMasks
 from graphopt.passes.simplify import Simplify
 from graphopt.passes.split_group_norm import SplitGroupNorm
@@ -44,6 +45,8 @@ def default_pipeline() -> list[Pass]:
         CropKernel(),
         # The folds leave products of constants, and layers that are equal only now.
         FoldConstants(),
+        # What is no constant by now is computed in each run.
+        MultiplyComputedWeights(),
         ReadCausalMasks(),
         SplitGroupNorm(),
         Simplify(),
