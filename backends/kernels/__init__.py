@@ -14,6 +14,7 @@ from graphopt.backends.kernels.recurrent import lower_recurrent
 from graphopt.backends.kernels.resize import lower_resize
 from graphopt.backends.kernels.rows import lower_layer_norm, lower_softmax
 from graphopt.backends.kernels.scan import lower_cumsum
+from graphopt.backends.kernels.scatter import lower_scatter
 from graphopt.backends.kernels.transposed import lower_transposed
 
 GENERATOR_VERSION = 7
@@ -33,6 +34,8 @@ GENERATORS: dict[str, tuple[Generator, ...]] = {
     "rnn": (lower_recurrent,),
     "cumsum": (lower_cumsum,),
     "grid_sample": (lower_grid_sample,),
+    "scatter": (lower_scatter,),
+    "index_copy": (lower_scatter,),
     "order": (lower_order,),
     "max_pool2d": (lower_pool,),
     "avg_pool2d": (lower_pool,),

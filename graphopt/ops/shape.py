@@ -72,7 +72,7 @@ def _pad(call: Call, x: Reader, index: Index) -> Expr:
     return tirx.if_then_else(tirx.all(*inside), value, tirx.const(call["value"], dtype_of(value)))
 
 
-def _wrap(place: Expr, extent: int) -> Expr:
+def wrapped(place: Expr, extent: int) -> Expr:
     """A run-time index, negative ones counted from the end, kept inside the extent.
 
     PyTorch raises on an index outside; a library on a board must not read outside its memory.
@@ -85,17 +85,17 @@ def _wrap(place: Expr, extent: int) -> Expr:
 
 def _index_select(call: Call, x: Reader, indices: Reader, index: Index) -> Expr:
     dim, size = call["dim"] % len(index), call.shape_of("self")
-    place = _wrap(indices((index[dim],) if call.shape_of("index") else ()), size[dim])
+    place = wrapped(indices((index[dim],) if call.shape_of("index") else ()), size[dim])
     return x((*index[:dim], place, *index[dim + 1 :]))
 
 
 def _gather(call: Call, x: Reader, indices: Reader, index: Index) -> Expr:
     dim, size = call["dim"] % len(index), call.shape_of("self")
-    return x((*index[:dim], _wrap(indices(index), size[dim]), *index[dim + 1 :]))
+    return x((*index[:dim], wrapped(indices(index), size[dim]), *index[dim + 1 :]))
 
 
 def _embedding(call: Call, weight: Reader, indices: Reader, index: Index) -> Expr:
-    return weight((_wrap(indices(index[:-1]), call.shape_of("weight")[0]), index[-1]))
+    return weight((wrapped(indices(index[:-1]), call.shape_of("weight")[0]), index[-1]))
 
 
 def _scale(call: Call, axis: int) -> float:
@@ -151,6 +151,11 @@ def _mixed(g: torch.Generator) -> tuple[Any, ...]:
 
 def _gathered(g: torch.Generator) -> tuple[Any, ...]:
     return torch.randn(3, 4, 5, generator=g), -1, torch.randint(5, (3, 2, 7), generator=g)
+
+
+def _scattered(g: torch.Generator) -> tuple[Any, ...]:
+    places = torch.randn(2, 4, 3, generator=g).argsort(-1)
+    return torch.randn(3, 4, 5, generator=g), -1, places, torch.randn(2, 4, 4, generator=g)
 
 
 def _rows(count: int, width: int, index: Any, **kwargs: Any) -> Sample:
@@ -209,6 +214,20 @@ SHAPE: tuple[OpDef, ...] = (
           samples=(
               Sample(_gathered, ulp=0), _image(1, torch.tensor([[[[3, 9]]]])),
               _image(0, torch.tensor([2, 2, 0, 1]), shape=(3,)),
+          )),
+    OpDef("scatter", (aten.scatter.src, aten.scatter.value), Kind.ANCHOR,
+          operands=("self", "index", "src"), samples=(
+              Sample(_scattered, ulp=0),
+              _image(1, torch.tensor([[[[3, 9, -1 % 10]]]]), 2.5),
+              _image(0, torch.tensor([2, 0]), torch.tensor([7.0, 8.0, 9.0]), shape=(3,)),
+              _small(1, torch.tensor([[[3], [0]]]), 7),
+          )),
+    OpDef("index_copy", (aten.index_copy.default,), Kind.ANCHOR,
+          operands=("self", "index", "source"), samples=(
+              _image(1, torch.tensor([9, 0]), torch.ones(2, 2, 5, 7)),
+              _image(-1, torch.tensor([3]), torch.ones(2, 10, 5, 1)),
+              _image(0, torch.tensor([1, 0]), torch.ones(2, 9), shape=(3, 9)),
+              _image(0, torch.tensor(2), torch.ones(1), shape=(3,)),
           )),
     OpDef("embedding", (aten.embedding.default,), Kind.INJECTIVE, _embedding,
           operands=("weight", "indices"), samples=(
