@@ -183,7 +183,9 @@ def _pool_3d(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
     deep = pool(x, [*lead, frames, rows * columns], slice(0, 1))
     apart = kernel[1] == stride[1] and dilation[1] == 1 and not padding[1] and not rows % kernel[1]
     # Where no window crosses frames, they are one tall image; else they count as channels.
-    sizes = [*lead, depth * rows, columns] if apart else [*lead[:-1], lead[-1] * depth, rows, columns]
+    sizes = (
+        [*lead, depth * rows, columns] if apart else [*lead[:-1], lead[-1] * depth, rows, columns]
+    )
     flat = pool(deep, sizes, slice(1, 3))
     pooled = ed.call(aten.reshape.default, flat, [*lead, depth, height, width])
     return [pooled, None] if node.target is aten.max_pool3d_with_indices.default else pooled

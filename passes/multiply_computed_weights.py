@@ -108,10 +108,8 @@ def _windows(
     """For each place of the kernel, the input pixels that it meets."""
     x = a["input"]
     if any(a["padding"]):
-        x = ed.call(
-            aten.constant_pad_nd.default, x, [n for pad in reversed(a["padding"]) for n in (pad,) * 2],
-            0.0,
-        )  # fmt: skip
+        both = [n for pad in reversed(a["padding"]) for n in (pad, pad)]
+        x = ed.call(aten.constant_pad_nd.default, x, both, 0.0)
     found = []
     for places in product(*(range(size) for size in kernel)):
         window = x

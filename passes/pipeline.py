@@ -19,6 +19,7 @@ from graphopt.passes.fuse_activation import FuseActivation
 from graphopt.passes.fuse_attention import FuseAttention
 from graphopt.passes.fuse_gelu import FuseGelu
 from graphopt.passes.fuse_layer_norm import FuseLayerNorm
+from graphopt.passes.hoist_weight_scales import HoistWeightScales
 from graphopt.passes.merge_siblings import MergeSiblings
 from graphopt.passes.multiply_computed_weights import MultiplyComputedWeights
 from graphopt.passes.read_causal_masks import ReadCausalMasks
@@ -38,6 +39,7 @@ def default_pipeline() -> list[Pass]:
         FuseActivation(),
         FuseLayerNorm(),
         FuseAttention(),
+        HoistWeightScales(),
         FoldBatchNorm(),
         FoldAffine(),
         # A normalization between padding and a layer is gone only now.

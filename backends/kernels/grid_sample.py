@@ -1,4 +1,4 @@
-"""Images read at computed places between their pixels, as flow networks and deformable attention do.
+"""Images read at computed places between pixels, as flow networks and deformable attention do.
 
 A task takes some neighbouring output pixels of an image. Where each of them reads, and the shares
 of what it reads, is the same for all channels: that is computed once, into tables.

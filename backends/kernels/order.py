@@ -21,7 +21,7 @@ from tvm.tirx.script.builder import ir as T
 
 from graphopt import graph as G
 from graphopt.backends.kernels.base import KernelSource, Request
-from graphopt.backends.kernels.builder import View, each, loop, only_if, unflatten
+from graphopt.backends.kernels.builder import View, loop, only_if, unflatten
 from graphopt.backends.kernels.fusion import Group
 from graphopt.ops.math import bits, dtype_of, equal, is_nan, share
 from graphopt.ops.opdef import Expr

@@ -1,4 +1,4 @@
-"""Running totals along an axis: a row after the other, or neighbouring strided rows side by side."""
+"""Running totals along an axis: row by row, or neighbouring strided rows side by side."""
 
 from __future__ import annotations
 

@@ -45,9 +45,7 @@ def _argsort(x: Tensor, dim: int = -1, descending: bool = False) -> Tensor:
     return _all_places(x, dim, descending)
 
 
-def _stable_argsort(
-    x: Tensor, *, stable: bool, dim: int = -1, descending: bool = False
-) -> Tensor:
+def _stable_argsort(x: Tensor, *, stable: bool, dim: int = -1, descending: bool = False) -> Tensor:
     return _all_places(x, dim, descending)
 
 

@@ -1,8 +1,8 @@
 """The order of elements along an axis: what topk, sort, argsort, argmax and their kin are made of.
 
 `graphopt::order` gives the places of the `k` largest, or smallest, elements along an axis, best
-first; a gather of them gives the elements themselves. It belongs to `torch.library`, so that a graph
-with it runs in PyTorch.
+first; a gather of them gives the elements themselves. It belongs to `torch.library`, so that a
+graph with it runs in PyTorch.
 
 As PyTorch sorts stably: of equal elements the first one comes first, -0 equals 0, and NaN is larger
 than every number.
@@ -72,6 +72,7 @@ ORDER: tuple[OpDef, ...] = (
         *(_random((2, 3, 9), k, -1, largest) for k in (1, 2, 9) for largest in (True, False)),
         *(_random((2, 10, 5), k, 1, True) for k in (1, 3, 10)),
         _ties(1, 1, True), _ties(40, 1, True), _ties(40, 1, False),
-        _ties(7, 1, True, dtype=torch.int64), _random((100,), 100, 0, True), _random((1,), 1, 0, True),
+        _ties(7, 1, True, dtype=torch.int64), _random((100,), 100, 0, True),
+        _random((1,), 1, 0, True),
     )),
 )  # fmt: skip

@@ -118,7 +118,9 @@ def scatter_nd(ctx: Context, node: OnnxNode) -> Value:
     lines = reshape_to(ctx, data, [prod(sizes[:depth]), *rest])
     many = prod(shape(indices)[:-1])
     line = reshape_to(ctx, places, [many])
-    changed = ctx.op(aten.index_copy.default, lines, 0, line, reshape_to(ctx, updates, [many, *rest]))
+    changed = ctx.op(
+        aten.index_copy.default, lines, 0, line, reshape_to(ctx, updates, [many, *rest])
+    )
     return reshape_to(ctx, changed, sizes)
 
 
