@@ -158,22 +158,78 @@ def _pad(ed: Editor, _node: fx.Node, a: Arguments) -> Outcome:
 
 
 def _index(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
-    """x[:, constant] → index_select (+ reshape when the indices are not a vector)."""
+    """x[:, constant] → index_select (+ reshape when the indices are not a vector), one dimension
+    after the other where each has a dimension of the result."""
     x = a["self"]
     given = [(dim, index) for dim, index in enumerate(a["indices"]) if index is not None]
-    if len(given) != 1:
+    first, last = given[0][0], given[-1][0]
+    if len(given) > 1 and (last - first != len(given) - 1 or not _is_mesh([i for _, i in given])):
         return Refusal("indexing by several tensors at once")
+    for dim, index in given:
+        places = constant(ed.gm, index)
+        if places is None or places.dtype not in (torch.int32, torch.int64):
+            # index_select takes no negative indices, and those of an input can be negative.
+            return Refusal("indices that are not constant integers")
+        flat = places.reshape(-1).to(torch.int64)
+        flat = torch.where(flat < 0, flat + shape(x)[dim], flat)
+        x = ed.call(aten.index_select.default, x, dim, ed.constant(f"{node.name}_index", flat))
+    if len(given) > 1 or len(shape(given[0][1])) == 1:
+        return x  # type: ignore[no-any-return]
+    return ed.call(aten.reshape.default, x, list(shape(node)))
+
+
+def _is_mesh(indices: list[fx.Node]) -> bool:
+    """Whether each varies along a dimension of its own, in order: [:, None] and [None, :]."""
+    count = len(indices)
+    for number, index in enumerate(indices):
+        sizes = [1] * (count - len(shape(index))) + list(shape(index))
+        if len(sizes) > count or any(n != 1 for i, n in enumerate(sizes) if i != number):
+            return False
+    return True
+
+
+def _slice_scatter(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
+    """slice_scatter → cat of what stays and what is new."""
+    x, dim, step = a["self"], wrap(a["dim"], rank(node)), a["step"]
+    size = shape(x)[dim]
+    start, end, step = slice(a["start"], a["end"], step).indices(size)
+    if step != 1:
+        return Refusal(f"a step of {step}")
+    parts = [
+        (cut(ed, x, dim, 0, start), start),
+        (a["src"], 1),
+        (cut(ed, x, dim, end, size), size - end),
+    ]
+    kept = [part for part, extent in parts if extent]
+    return kept[0] if len(kept) == 1 else ed.call(aten.cat.default, kept, dim)
+
+
+def _copy(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
+    """copy → the source, in the type and the shape of what it overwrites."""
+    source = a["src"]
+    if value(source).dtype != value(node).dtype:
+        source = ed.call(aten._to_copy.default, source, dtype=value(node).dtype)
+    return ed.call(aten.expand.default, source, list(shape(node)))
+
+
+def _index_put(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
+    """x[:, places] = values → index_copy."""
+    x = a["self"]
+    given = [(dim, index) for dim, index in enumerate(a["indices"]) if index is not None]
+    if a["accumulate"] or len(given) != 1:
+        return Refusal("adding to elements, or places given by several tensors")
     dim, index = given[0]
-    places = constant(ed.gm, index)
-    if places is None or places.dtype not in (torch.int32, torch.int64):
-        # index_select takes no negative indices, and those of an input can be negative.
-        return Refusal("indices that are not constant integers")
-    flat = places.reshape(-1).to(torch.int64)
-    flat = torch.where(flat < 0, flat + shape(x)[dim], flat)
-    picked = ed.call(aten.index_select.default, x, dim, ed.constant(f"{node.name}_index", flat))
-    if places.ndim == 1:
-        return picked
-    return ed.call(aten.reshape.default, picked, list(shape(node)))
+    if len(shape(index)) != 1 or value(index).dtype not in (torch.int32, torch.int64):
+        return Refusal("places that are not a vector of integers")
+    sizes = [*shape(x)[:dim], shape(index)[0], *shape(x)[dim + 1 :]]
+    values = ed.call(aten.expand.default, a["values"], sizes)
+    places = index
+    if value(index).dtype != torch.int64:
+        places = ed.call(aten._to_copy.default, index, dtype=torch.int64)
+    negative = ed.call(aten.lt.Scalar, places, 0)
+    wrapped = ed.call(aten.add.Tensor, places, shape(x)[dim])
+    places = ed.call(aten.where.self, negative, wrapped, places)
+    return ed.call(aten.index_copy.default, x, dim, places, values)
 
 
 def _gathered(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
@@ -330,6 +386,9 @@ HANDLERS: dict[Any, Handler] = {
     aten.pad.default: _pad,
     aten.index.Tensor: _index,
     aten._unsafe_index.Tensor: _index,
+    aten.index_put.default: _index_put,
+    aten.slice_scatter.default: _slice_scatter,
+    aten.copy.default: _copy,
     **dict.fromkeys([aten.index_select.default, aten.gather.default], _gathered),
     **dict.fromkeys(
         [

@@ -32,6 +32,8 @@ def default_pipeline() -> list[Pass]:
     return [
         Canonicalize(),
         FoldConstants(),
+        # Indices that are computed from sizes are constants only now.
+        Canonicalize(),
         Simplify(),
         EliminateCommonSubexpressions(),
         # Before constants move into weights: these are recognized by their constants.

@@ -19,7 +19,8 @@ class All(nn.Module):
 
     def forward(self, x: torch.Tensor, n: torch.Tensor, s: torch.Tensor) -> list[torch.Tensor]:
         results = [
-            *x.topk(1), *x.topk(3, 1), *x.topk(2, -2, largest=False), *x.topk(6, sorted=False),
+            *x.topk(1), *x.topk(3, 1), *x.topk(2, -2, largest=False),
+            x.topk(4, sorted=False)[0].sum(-1),
             *torch.sort(x, stable=True), *torch.sort(x, dim=0, descending=True, stable=True),
             torch.argsort(x, dim=1, stable=True), torch.argsort(x, -1, True),
             *x.max(1), *x.min(2, keepdim=True), x.max(0)[0], x.max(0)[1],
