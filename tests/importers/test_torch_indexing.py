@@ -19,7 +19,8 @@ class Reads(nn.Module):
         image = x[None]
         return [
             x[i], x[:, i], x[i, n], x[torch.arange(3), i], x[i[None]], x[i, :, n],
-            x[:, i[:, None], n], x[-1, n], x.flip(1), x.flip(0, -1), x.roll(2, 1), (x > 1).any(1), (x > -9).all(),
+            x[:, i[:, None], n], x[-1, n], x.flip(1), x.flip(0, -1), x.roll(2, 1),
+            (x > 1).any(1), (x > -9).all(),
             *(F.pad(image, (1, 2, 2, 1), mode=m) for m in ("reflect", "replicate", "circular")),
             F.unfold(image, 3, padding=1, stride=2),
             F.interpolate(image, size=(7, 4), mode="nearest-exact"),

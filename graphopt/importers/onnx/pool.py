@@ -88,7 +88,7 @@ def average_pool(ctx: Context, node: OnnxNode, x: Value, windows: Windows) -> Va
     average = aten.avg_pool3d.default if rank(x) == 5 else aten.avg_pool2d.default
     mean = ctx.op(average, padded, kernel, strides, [0] * len(kernel), False, True)
     counted = [_counted(size, windows, axis, count_pad) for axis, size in enumerate(sizes)]
-    share = math.prod(kernel) / math.prod(torch.meshgrid(*counted, indexing="ij"))
+    share = math.prod(kernel) / torch.stack(torch.meshgrid(*counted, indexing="ij")).prod(0)
     if bool((share == 1).all()):
         return mean
     return ctx.op(aten.mul.Tensor, mean, share.to(dtype(x)))
