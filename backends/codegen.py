@@ -53,14 +53,15 @@ def _lowering() -> Any:
 
 
 def _with_serial_guards(func: Any, *_: Any) -> Any:
-    """Make vectorized loops serial that bind a value guarded lane by lane.
+    """Make vectorized loops serial in which VectorizeLoop would tear a binding from its readers.
 
-    VectorizeLoop gives a statement with such a guard (`if_then_else`) a serial loop of its own. If
-    it is a binding, whoever reads it behind that loop sees the last lane's value in all lanes.
+    It gives a statement with a guard (`if_then_else`) that differs from lane to lane a serial loop
+    of its own. If that is a binding, whoever reads it behind that loop sees the last lane's value
+    in all lanes; if it is a store, it finds no binding that was made before that loop.
     """
 
     def serialize(loop: Any) -> Any:
-        if loop.kind != tirx.ForKind.VECTORIZED or not _binds_guarded(loop):
+        if loop.kind != tirx.ForKind.VECTORIZED or not _guards_bound(loop):
             return loop
         return tirx.For(loop.loop_var, loop.min, loop.extent, tirx.ForKind.SERIAL, loop.body)
 
@@ -68,26 +69,31 @@ def _with_serial_guards(func: Any, *_: Any) -> Any:
     return func.with_body(body)
 
 
-def _binds_guarded(loop: Any) -> bool:
-    """Whether the loop binds a value under a guard that may differ from lane to lane."""
+def _guards_bound(loop: Any) -> bool:
+    """Whether the loop, under a guard that may differ from lane to lane, binds a value or stores
+    one in a statement that reads such a value."""
     lanes = [loop.loop_var]
     found: list[Any] = []
 
-    def varies(condition: Any) -> bool:
+    def reads(expression: Any, variables: list[Any]) -> bool:
         seen: list[Any] = []
-        tvm_ffi.structural_walk(condition, (tirx.Var, seen.append))
-        return any(var.same_as(lane) for var in seen for lane in lanes)
+        tvm_ffi.structural_walk(expression, (tirx.Var, seen.append))
+        return any(var.same_as(each) for var in seen for each in variables)
 
     def guard(call: Any) -> None:
-        if getattr(call.op, "name", "").endswith(".if_then_else") and varies(call.args[0]):
+        if getattr(call.op, "name", "").endswith(".if_then_else") and reads(call.args[0], lanes):
             found.append(call)
 
     def bind(each: Any) -> None:
-        if varies(each.value):
+        if reads(each.value, lanes):
             lanes.append(each.var)
             tvm_ffi.structural_walk(each.value, (tvm.ir.Call, guard))
 
-    tvm_ffi.structural_walk(loop.body, (tirx.Bind, bind))
+    def store(each: Any) -> None:
+        if any(reads(part, lanes[1:]) for part in (each.value, *each.indices)):
+            tvm_ffi.structural_walk(each.value, (tvm.ir.Call, guard))
+
+    tvm_ffi.structural_walk(loop.body, [(tirx.Bind, bind), (tirx.BufferStore, store)])
     return bool(found)
 
 

@@ -9,7 +9,7 @@ from torch import fx
 
 from graphopt.graph import shape
 from graphopt.passes._canonical import Handler, Outcome, filled, per_channel
-from graphopt.passes._nodes import aten, rank
+from graphopt.passes._nodes import aten, rank, results
 from graphopt.passes.rewrite import Editor, Refusal
 
 Arguments = dict[str, Any]
@@ -157,6 +157,40 @@ def _pool_1d(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
     return ed.call(aten.reshape.default, pooled, list(shape(node)))
 
 
+def _pool_3d(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
+    """max_pool3d, avg_pool3d → windows of the frames' axis, then windows of the frames."""
+    x = a["self"]
+    *lead, frames, rows, columns = shape(x)
+    *_, depth, height, width = results(node)[0].shape
+    kernel, stride, padding = _pool_arguments(a, 3)
+    averages = node.target is aten.avg_pool3d.default
+    if averages and (any(padding) or a["ceil_mode"] or a["divisor_override"] is not None):
+        return Refusal("3-D average pooling over a border: windows differ")
+    dilation = [1, 1, 1] if averages else filled(a["dilation"], 3)
+
+    def pool(x: fx.Node, sizes: list[int], axes: slice) -> fx.Node:
+        """Over these of the three axes; a second axis is added to one alone."""
+        first = [
+            part if len(part) == 2 else [*part, fill]
+            for part, fill in ((kernel[axes], 1), (stride[axes], 1), (padding[axes], 0))
+        ]
+        flat = ed.call(aten.reshape.default, x, sizes)
+        if averages:
+            return ed.call(aten.avg_pool2d.default, flat, *first, False, True, None)
+        steps = dilation[axes] if len(dilation[axes]) == 2 else [*dilation[axes], 1]
+        return ed.call(aten.max_pool2d.default, flat, *first, steps, a["ceil_mode"])
+
+    deep = pool(x, [*lead, frames, rows * columns], slice(0, 1))
+    apart = kernel[1] == stride[1] and dilation[1] == 1 and not padding[1] and not rows % kernel[1]
+    # Where no window crosses frames, they are one tall image; else they count as channels.
+    sizes = (
+        [*lead, depth * rows, columns] if apart else [*lead[:-1], lead[-1] * depth, rows, columns]
+    )
+    flat = pool(deep, sizes, slice(1, 3))
+    pooled = ed.call(aten.reshape.default, flat, [*lead, depth, height, width])
+    return [pooled, None] if node.target is aten.max_pool3d_with_indices.default else pooled
+
+
 def _adaptive_avg_pool(dims: int) -> Handler:
     """adaptive_avg_pool → mean where the output is one pixel, avg_pool2d where sizes divide."""
 
@@ -264,6 +298,9 @@ HANDLERS: dict[Any, Handler] = {
     aten.max_pool2d.default: _max_pool,
     aten.max_pool2d_with_indices.default: _max_pool,
     aten.avg_pool2d.default: _avg_pool,
+    aten.max_pool3d.default: _pool_3d,
+    aten.max_pool3d_with_indices.default: _pool_3d,
+    aten.avg_pool3d.default: _pool_3d,
     aten.max_pool1d.default: _pool_1d,
     aten.avg_pool1d.default: _pool_1d,
     aten.adaptive_avg_pool1d.default: _adaptive_avg_pool(1),

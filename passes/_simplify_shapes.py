@@ -293,7 +293,8 @@ def _over_ones(_gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
         return None
     # Summing one value adds 0.0 to it, which loses the sign of -0.0.
     exact = calls(node, aten.amax.default, aten.amin.default)
-    return node if exact and all(sizes[dim] == 1 for dim in a["dim"]) else None
+    # A scalar takes an axis and has none.
+    return node if exact and (not sizes or all(sizes[dim] == 1 for dim in a["dim"])) else None
 
 
 RULES: tuple[Rule[Any], ...] = (

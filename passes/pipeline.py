@@ -19,7 +19,9 @@ from graphopt.passes.fuse_activation import FuseActivation
 from graphopt.passes.fuse_attention import FuseAttention
 from graphopt.passes.fuse_gelu import FuseGelu
 from graphopt.passes.fuse_layer_norm import FuseLayerNorm
+from graphopt.passes.hoist_weight_scales import HoistWeightScales
 from graphopt.passes.merge_siblings import MergeSiblings
+from graphopt.passes.multiply_computed_weights import MultiplyComputedWeights
 from graphopt.passes.read_causal_masks import ReadCausalMasks
 from graphopt.passes.simplify import Simplify
 from graphopt.passes.split_group_norm import SplitGroupNorm
@@ -30,7 +32,7 @@ def default_pipeline() -> list[Pass]:
     return [
         Canonicalize(),
         FoldConstants(),
-        # What is indexed by a computed constant has another form only now.
+        # Indices that are computed from sizes are constants only now.
         Canonicalize(),
         Simplify(),
         EliminateCommonSubexpressions(),
@@ -39,6 +41,7 @@ def default_pipeline() -> list[Pass]:
         FuseActivation(),
         FuseLayerNorm(),
         FuseAttention(),
+        HoistWeightScales(),
         FoldBatchNorm(),
         FoldAffine(),
         # A normalization between padding and a layer is gone only now.
@@ -46,6 +49,8 @@ def default_pipeline() -> list[Pass]:
         CropKernel(),
         # The folds leave products of constants, and layers that are equal only now.
         FoldConstants(),
+        # What is no constant by now is computed in each run.
+        MultiplyComputedWeights(),
         ReadCausalMasks(),
         SplitGroupNorm(),
         Simplify(),

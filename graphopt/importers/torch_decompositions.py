@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch._decomp import get_decompositions
 
-from graphopt.importers import torch_recurrent
+from graphopt.importers import torch_order, torch_recurrent
 
 aten = torch.ops.aten
 
@@ -85,9 +85,25 @@ def _full_like(
     return torch.full(list(x.shape), fill_value, dtype=dtype or x.dtype)
 
 
+def _any(x: torch.Tensor, dim: Shape | None = None, keepdim: bool = False) -> torch.Tensor:
+    """Truth values are 0 and 1: the largest of them."""
+    axes = list(range(x.dim())) if dim is None else [dim] if isinstance(dim, int) else list(dim)
+    return torch.amax(x != 0, axes, keepdim)
+
+
+def _empty(size: Sequence[int], *, dtype: torch.dtype | None = None, **_: Any) -> torch.Tensor:
+    """Memory that is written before anybody reads it, as circular padding does."""
+    return torch.zeros(size, dtype=dtype)
+
+
 EXTRA: dict[Any, Callable[..., Any]] = {
     aten.linalg_vector_norm.default: _vector_norm,
     aten.full_like.default: _full_like,
+    aten.empty.memory_format: _empty,
+    aten.any.default: _any,
+    aten.any.dim: _any,
+    aten.any.dims: _any,
+    **torch_order.RULES,
     **torch_recurrent.RULES,
     **get_decompositions([aten.native_group_norm.default, aten._log_softmax.default]),
 }

@@ -7,11 +7,12 @@ from typing import Any
 from graphopt.ops.anchor import ANCHOR
 from graphopt.ops.elementwise import ELEMENTWISE
 from graphopt.ops.opdef import Call, Kind, OpDef
+from graphopt.ops.order import ORDER
 from graphopt.ops.recurrent import RECURRENT
 from graphopt.ops.reduce import REDUCE
 from graphopt.ops.shape import SHAPE
 
-ALL_OPS: tuple[OpDef, ...] = (*ELEMENTWISE, *SHAPE, *REDUCE, *ANCHOR, *RECURRENT)
+ALL_OPS: tuple[OpDef, ...] = (*ELEMENTWISE, *SHAPE, *REDUCE, *ANCHOR, *ORDER, *RECURRENT)
 
 OPS: dict[Any, OpDef] = {target: op for op in ALL_OPS for target in op.targets}
 

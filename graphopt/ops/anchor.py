@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import torch
@@ -28,6 +29,17 @@ def _convolution(call: Call) -> str | None:
 def _linear(call: Call) -> str | None:
     if call["weight"].op != "get_attr":
         return "its weight is computed at run time, not a constant"
+    return _float_only(call)
+
+
+def _cumsum(call: Call) -> str | None:
+    wide = call.dtype in (torch.float32, torch.int32, torch.int64)
+    return None if wide else f"totals in {call.dtype} are not supported"
+
+
+def _grid_sample(call: Call) -> str | None:
+    if call["interpolation_mode"] not in (0, 1):
+        return "cubic interpolation; bilinear and nearest are supported"
     return _float_only(call)
 
 
@@ -144,6 +156,20 @@ ANCHOR: tuple[OpDef, ...] = (
               _attended((1, 2, 9, 3), (1, 2, 9, 3), is_causal=True),
               _attended((1, 4, 5, 8), (1, 2, 5, 8), enable_gqa=True, scale=0.3),
               _attended((3, 5, 7), (3, 5, 7)),
+          )),
+    OpDef("cumsum", (aten.cumsum.default,), Kind.ANCHOR, check=_cumsum, samples=(
+        *(_random((2, 10, 5), rest=(dim,)) for dim in (0, 1, -1)), _random((9,), rest=(0,)),
+        _random((3, 5, 1), rest=(1,)), _random((), rest=(0,)),
+        Sample(lambda g: (torch.randint(-9, 9, (3, 4), generator=g, dtype=torch.int32), 1)),
+        Sample(lambda g: (torch.randn(3, 4, generator=g) > 0, 1)),
+    )),
+    OpDef("grid_sample", (aten.grid_sampler_2d.default,), Kind.ANCHOR, operands=("input", "grid"),
+          check=_grid_sample, samples=tuple(
+              Sample(lambda g, s=shape, z=size, r=rest: (  # type: ignore[misc]
+                  torch.randn(s, generator=g), torch.rand(s[0], *z, 2, generator=g) * 4 - 2, *r
+              ), ulp=64)
+              for shape, size in (((2, 3, 5, 7), (4, 6)), ((1, 1, 1, 9), (13, 11)))
+              for rest in product((0, 1), (0, 1, 2), (False, True))
           )),
     OpDef("upsample_linear", (aten.upsample_bilinear2d.vec, aten.upsample_linear1d.vec),
           Kind.ANCHOR, operands=("input",), check=_float_only, samples=tuple(

@@ -72,7 +72,7 @@ def _pad(call: Call, x: Reader, index: Index) -> Expr:
     return tirx.if_then_else(tirx.all(*inside), value, tirx.const(call["value"], dtype_of(value)))
 
 
-def _wrap(place: Expr, extent: int) -> Expr:
+def wrapped(place: Expr, extent: int) -> Expr:
     """A run-time index, negative ones counted from the end, kept inside the extent.
 
     PyTorch raises on an index outside; a library on a board must not read outside its memory.
@@ -85,17 +85,49 @@ def _wrap(place: Expr, extent: int) -> Expr:
 
 def _index_select(call: Call, x: Reader, indices: Reader, index: Index) -> Expr:
     dim, size = call["dim"] % len(index), call.shape_of("self")
-    place = _wrap(indices((index[dim],) if call.shape_of("index") else ()), size[dim])
+    place = wrapped(indices((index[dim],) if call.shape_of("index") else ()), size[dim])
     return x((*index[:dim], place, *index[dim + 1 :]))
+
+
+def _index(call: Call, x: Reader, *rest: Any) -> Expr:
+    """Elements at places given by a tensor for some of the dimensions, which broadcast."""
+    *readers, index = rest
+    given = call["indices"]
+    indexed = [dim for dim, node in enumerate(given) if node is not None]
+    depth = max(len(G.shape(given[dim])) for dim in indexed)
+    adjacent = indexed[-1] - indexed[0] == len(indexed) - 1
+    first = indexed[0] if adjacent else 0
+    many, others = index[first : first + depth], [*index[:first], *index[first + depth :]]
+    place: list[Expr] = []
+    for dim, size in enumerate(call.shape_of("self")):
+        node = given[dim] if dim < len(given) else None
+        if node is None:
+            place.append(others.pop(0))
+        else:
+            place.append(wrapped(readers[dim](broadcast_index(many, G.shape(node))), size))
+    return x(tuple(place))
+
+
+def _check_index(call: Call) -> str | None:
+    kinds = {G.value(node).dtype for node in call["indices"] if node is not None}
+    if kinds & {torch.bool, torch.uint8}:
+        return "by truth values: how many elements it has depends on them"
+    return None
+
+
+def _flip(call: Call, x: Reader, index: Index) -> Expr:
+    axes = [dim % len(index) for dim in call["dims"]]
+    size = call.shape
+    return x(tuple(size[i] - 1 - at if i in axes else at for i, at in enumerate(index)))
 
 
 def _gather(call: Call, x: Reader, indices: Reader, index: Index) -> Expr:
     dim, size = call["dim"] % len(index), call.shape_of("self")
-    return x((*index[:dim], _wrap(indices(index), size[dim]), *index[dim + 1 :]))
+    return x((*index[:dim], wrapped(indices(index), size[dim]), *index[dim + 1 :]))
 
 
 def _embedding(call: Call, weight: Reader, indices: Reader, index: Index) -> Expr:
-    return weight((_wrap(indices(index[:-1]), call.shape_of("weight")[0]), index[-1]))
+    return weight((wrapped(indices(index[:-1]), call.shape_of("weight")[0]), index[-1]))
 
 
 def _scale(call: Call, axis: int) -> float:
@@ -153,6 +185,11 @@ def _gathered(g: torch.Generator) -> tuple[Any, ...]:
     return torch.randn(3, 4, 5, generator=g), -1, torch.randint(5, (3, 2, 7), generator=g)
 
 
+def _scattered(g: torch.Generator) -> tuple[Any, ...]:
+    places = torch.randn(2, 4, 3, generator=g).argsort(-1)
+    return torch.randn(3, 4, 5, generator=g), -1, places, torch.randn(2, 4, 4, generator=g)
+
+
 def _rows(count: int, width: int, index: Any, **kwargs: Any) -> Sample:
     places = torch.tensor(index)
     return Sample(lambda g: (torch.randn(count, width, generator=g), places), kwargs, ulp=0)
@@ -205,10 +242,36 @@ SHAPE: tuple[OpDef, ...] = (
               _image(0, torch.tensor([1, 0, 1], dtype=torch.int32)), _image(2, torch.tensor(3)),
               _small(1, torch.tensor([2])), _image(0, torch.tensor([2, 1]), shape=(3,)),
           )),
+    OpDef("index", (aten.index.Tensor, aten._unsafe_index.Tensor), Kind.INJECTIVE, _index,
+          operands=("self", "indices"), check=_check_index, samples=tuple(
+              _image(indices) for indices in (
+                  [torch.tensor([1, 0, -1])], [None, torch.tensor([[9, 0], [3, -2]])],
+                  [None, None, torch.tensor([[4], [0]]), torch.tensor([6, 1, 1])],
+                  [torch.tensor([1, 0]), None, torch.tensor([4, 2])],
+                  [torch.tensor([1, 0]), torch.tensor(7)], [None, torch.tensor(7)],
+              )
+          )),
+    OpDef("flip", (aten.flip.default,), Kind.INJECTIVE, _flip, samples=(
+        _image([1]), _image([-1, 0]), _image([]), _small([0, 2]),
+    )),
     OpDef("gather", (aten.gather.default,), Kind.INJECTIVE, _gather, operands=("self", "index"),
           samples=(
               Sample(_gathered, ulp=0), _image(1, torch.tensor([[[[3, 9]]]])),
               _image(0, torch.tensor([2, 2, 0, 1]), shape=(3,)),
+          )),
+    OpDef("scatter", (aten.scatter.src, aten.scatter.value), Kind.ANCHOR,
+          operands=("self", "index", "src"), samples=(
+              Sample(_scattered, ulp=0),
+              _image(1, torch.tensor([[[[3, 9, -1 % 10]]]]), 2.5),
+              _image(0, torch.tensor([2, 0]), torch.tensor([7.0, 8.0, 9.0]), shape=(3,)),
+              _small(1, torch.tensor([[[3], [0]]]), 7),
+          )),
+    OpDef("index_copy", (aten.index_copy.default,), Kind.ANCHOR,
+          operands=("self", "index", "source"), samples=(
+              _image(1, torch.tensor([9, 0]), torch.ones(2, 2, 5, 7)),
+              _image(-1, torch.tensor([3]), torch.ones(2, 10, 5, 1)),
+              _image(0, torch.tensor([1, 0]), torch.ones(2, 9), shape=(3, 9)),
+              _image(0, torch.tensor(2), torch.ones(1), shape=(3,)),
           )),
     OpDef("embedding", (aten.embedding.default,), Kind.INJECTIVE, _embedding,
           operands=("weight", "indices"), samples=(

@@ -204,6 +204,16 @@ def test_tensors_without_elements_are_refused() -> None:
     assert "(test)" in error.value.where[1]
 
 
+def test_what_is_gathered_from_padding_is_guarded_lane_by_lane() -> None:
+    """Such a store reads a place bound before it, which a loop of its own would not find."""
+    b = Builder(13)
+    padded = b.op(aten.constant_pad_nd.default, b.input(b.random(2, 9, 5)), [0, 0, 2, 3])
+    places = b.input(torch.tensor([0, 13, 2, 10, 11, 5, 1, 8, 12, 3]))
+    b.returns(b.op(aten.permute.default, b.op(aten.index_select.default, padded, 1, places),
+                   [0, 2, 1]))  # fmt: skip
+    assert len(check(b).steps) == 1
+
+
 def test_what_pads_and_concatenations_guard_is_not_read_elsewhere() -> None:
     """Functions and gathers bind values ahead of the guard: they get kernels of their own."""
     b = Builder(12)

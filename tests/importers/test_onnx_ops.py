@@ -6,6 +6,7 @@ import torch
 from onnx import helper
 
 from graphopt.compiler import import_model
+from graphopt.errors import UnsupportedError
 from graphopt.importers.onnx import HANDLERS
 from tests.importers.onnx_cases import assert_same, floats, graph_model, ints, one_node
 
@@ -363,3 +364,107 @@ def test_split(opset, constants, attributes):
     x = floats(2, 7)
     model = one_node("Split", {"x": x}, constants, opset=opset, outputs=3, axis=1, **attributes)
     assert_same(model, {"x": x}, 0)
+
+
+@pytest.mark.parametrize("largest", [0, 1])
+@pytest.mark.parametrize("axis", [-1, 0, 1])
+@pytest.mark.parametrize("opset", [9, 10, 11])
+def test_top_k(largest, axis, opset):
+    x = np.random.default_rng(0).permutation(60).astype(F).reshape(3, 4, 5)
+    if opset < 11 and not largest:
+        pytest.skip("smallest since opset 11")
+    more = {"largest": largest} if opset > 10 else {}
+    if opset < 10:
+        model = one_node("TopK", {"x": x}, opset=opset, outputs=2, axis=axis, k=3)
+    else:
+        constants = {"k": ints(3)}
+        model = one_node("TopK", {"x": x}, constants, opset=opset, outputs=2, axis=axis, **more)
+    assert_same(model, {"x": x}, 0)
+
+
+def test_top_k_of_equal_elements():
+    x = np.array([[2, 1, 2, 1, 2, 0, 1]], F)
+    for largest in (0, 1):
+        model = one_node("TopK", {"x": x}, {"k": ints(5)}, outputs=2, largest=largest)
+        assert_same(model, {"x": x}, 0)
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes"),
+    [
+        ("bij,bjk->bik", [(2, 3, 4), (2, 4, 5)]),
+        ("ij,jk", [(3, 4), (4, 5)]),
+        ("bind,bjnd->bnij", [(2, 3, 4, 5), (2, 6, 4, 5)]),
+        ("...ij,...jk->...ik", [(2, 3, 4, 5), (2, 3, 5, 6)]),
+        ("bhwc,hkc->bhwk", [(2, 3, 4, 5), (3, 6, 5)]),
+        ("nhwpqc->nchpwq", [(1, 2, 3, 4, 5, 6)]),
+        ("ij->j", [(3, 4)]),
+        ("i...->...", [(3, 4, 5)]),
+        ("i,j->ij", [(3,), (4,)]),
+        ("i,i->", [(3,), (3,)]),
+        ("ij,kj->i", [(3, 4), (5, 4)]),
+        ("bi,bi->bi", [(2, 3), (2, 3)]),
+        ("ba,a->b", [(3, 4), (4,)]),
+        ("bi,bj,bk->bijk", [(2, 3), (2, 4), (2, 5)]),
+    ],
+)
+def test_einsum(equation, shapes):
+    inputs = {f"x{i}": floats(*shape, seed=i) for i, shape in enumerate(shapes)}
+    assert_same(one_node("Einsum", inputs, equation=equation), inputs)
+
+
+@pytest.mark.parametrize(
+    ("equation", "reason"), [("ii->i", "diagonal"), ("ij,jk->ik", "operands"), ("i", "not fit")]
+)
+def test_einsum_that_is_refused(equation, reason):
+    x = floats(3, 3)
+    with pytest.raises(UnsupportedError, match=reason):
+        import_model(one_node("Einsum", {"x": x}, equation=equation), {"x": x})
+
+
+@pytest.mark.parametrize("align", [0, 1])
+@pytest.mark.parametrize("padding", ["zeros", "border", "reflection"])
+@pytest.mark.parametrize(("mode", "opset"), [("bilinear", 16), ("nearest", 16), ("linear", 20)])
+def test_grid_sample(mode, opset, padding, align):
+    inputs = {"x": floats(2, 3, 6, 7), "g": floats(2, 4, 5, 2, seed=1).clip(-1.5, 1.5)}
+    attributes = {"mode": mode, "padding_mode": padding, "align_corners": align}
+    assert_same(one_node("GridSample", inputs, opset=opset, **attributes), inputs)
+
+
+@pytest.mark.parametrize("op", ["MaxPool", "AveragePool"])
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"kernel_shape": [2, 2, 2], "strides": [2, 2, 2]},
+        {"kernel_shape": [3, 3, 3], "strides": [2, 2, 2], "pads": [1, 1, 1, 1, 1, 1]},
+        {"kernel_shape": [3, 2, 1], "strides": [1, 2, 1], "pads": [1, 0, 0, 0, 1, 0]},
+        {"kernel_shape": [2, 3, 2], "strides": [2, 3, 2], "ceil_mode": 1},
+    ],
+)
+def test_pooling_of_frames(op, attributes):
+    x = floats(2, 3, 6, 7, 8)
+    assert_same(one_node(op, {"x": x}, **attributes), {"x": x})
+
+
+@pytest.mark.parametrize("constant", ["nothing", "places", "all but updates"])
+@pytest.mark.parametrize(
+    ("indices", "updates"),
+    [
+        ([[1], [-1], [0]], (3, 5, 6)),
+        ([[1, -1], [0, 3]], (2, 6)),
+        ([[[1, 2, 3], [0, 0, 0]]], (1, 2)),
+    ],
+)
+def test_scatter_nd(indices, updates, constant):
+    all_ = {"x": floats(4, 5, 6), "i": np.array(indices, np.int64), "u": floats(*updates, seed=2)}
+    fixed = {"nothing": [], "places": ["i"], "all but updates": ["x", "i"]}[constant]
+    inputs = {name: array for name, array in all_.items() if name not in fixed}
+    constants = {name: all_[name] for name in fixed}
+    assert_same(one_node("ScatterND", inputs, constants, order=["x", "i", "u"]), inputs, 0)
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_scatter_elements(axis):
+    places = np.argsort(floats(3, 3, 3, seed=1), axis) - 1
+    inputs = {"x": floats(3, 4, 6), "i": places, "u": floats(3, 3, 3, seed=2)}
+    assert_same(one_node("ScatterElements", inputs, axis=axis), inputs, 0)

@@ -138,6 +138,10 @@ CASES: dict[str, tuple[Callable[[Build], fx.Node], list[str]]] = {
         lambda b: b.call(aten.upsample_nearest2d.vec, image(b), None, [1.01, 1.01]),
         ["upsample_nearest2d"],
     ),
+    "amax of a scalar": (
+        lambda b: b.call(aten.amax.default, b.call(aten.relu.default, b.input()), [0], False),
+        ["relu"],
+    ),
     "amax of one": (
         lambda b: b.call(aten.amax.default, b.input(3, 1, 2), [1], False),
         ["reshape"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 
 import torch
@@ -21,6 +21,7 @@ from graphopt.importers.onnx.values import (
     rank,
     shape,
 )
+from graphopt.ops.order import order
 
 aten = torch.ops.aten
 
@@ -87,18 +88,7 @@ def gather_nd(ctx: Context, node: OnnxNode) -> Value:
     if not 1 <= depth <= len(sizes) - batch:
         raise Refused(f"{depth} indices into {len(sizes) - batch} dimensions")
     indexed = sizes[batch : batch + depth]
-    flat: Value | None = None
-    for k, size in enumerate(indexed):
-        scale = prod(indexed[k + 1 :])
-        if isinstance(indices, torch.Tensor):
-            one = indices[..., k]
-            term: Value = _from_front(one, size).reshape(one.shape) * scale
-        else:
-            chosen = ctx.op(aten.select.int, indices, -1, k)
-            place = _wrapped(ctx, to_dtype(ctx, chosen, torch.int64), size)
-            term = ctx.op(aten.mul.Tensor, place, scale) if scale != 1 else place
-        flat = term if flat is None else _sum(ctx, flat, term)
-    assert flat is not None
+    flat = _flat_places(ctx, indices, indexed)
     if batch:
         # The same place in each batch's own part of the memory.
         first = torch.arange(prod(sizes[:batch])) * prod(indexed)
@@ -112,16 +102,58 @@ def gather_nd(ctx: Context, node: OnnxNode) -> Value:
 
 
 def scatter_nd(ctx: Context, node: OnnxNode) -> Value:
-    """Constants with some elements replaced, as exporters write masks."""
+    """A copy with some elements or slices replaced, at places given by several indices each."""
     data, indices, updates = (node.value(i) for i in range(3))
+    _refuse_reduction(node)
+    depth, sizes = shape(indices)[-1], shape(data)
+    if not isinstance(data, fx.Node) and not isinstance(indices, fx.Node):
+        if not isinstance(updates, fx.Node):
+            result = data.clone()
+            result[tuple(indices.unbind(-1))] = updates
+            return result
+    elif not 1 <= depth <= len(sizes):
+        raise Refused(f"{depth} indices into {len(sizes)} dimensions")
+    places = _flat_places(ctx, indices, sizes[:depth])
+    rest = sizes[depth:]
+    lines = reshape_to(ctx, data, [prod(sizes[:depth]), *rest])
+    many = prod(shape(indices)[:-1])
+    line = reshape_to(ctx, places, [many])
+    changed = ctx.op(
+        aten.index_copy.default, lines, 0, line, reshape_to(ctx, updates, [many, *rest])
+    )
+    return reshape_to(ctx, changed, sizes)
+
+
+def scatter_elements(ctx: Context, node: OnnxNode) -> Value:
+    """A copy with single elements replaced along one axis."""
+    data, indices, updates = (node.value(i) for i in range(3))
+    _refuse_reduction(node)
+    axis = axis_of(node.get_int("axis", 0), rank(data))
+    places = _wrapped(ctx, to_dtype(ctx, indices, torch.int64), shape(data)[axis])
+    return ctx.op(aten.scatter.src, data, axis, places, updates)
+
+
+def _refuse_reduction(node: OnnxNode) -> None:
     reduction = node.get_str("reduction", "none")
     if reduction != "none":
         raise Refused(f"reduction is {reduction}")
-    if isinstance(data, fx.Node) or isinstance(indices, fx.Node) or isinstance(updates, fx.Node):
-        raise Refused("data, indices or updates are not constant")
-    result = data.clone()
-    result[tuple(indices.unbind(-1))] = updates
-    return result
+
+
+def _flat_places(ctx: Context, indices: Value, indexed: Sequence[int]) -> Value:
+    """The numbers, in flat memory of these dimensions, of places given by several indices each."""
+    flat: Value | None = None
+    for k, size in enumerate(indexed):
+        scale = prod(indexed[k + 1 :])
+        if isinstance(indices, torch.Tensor):
+            one = indices[..., k]
+            term: Value = _from_front(one, size).reshape(one.shape) * scale
+        else:
+            chosen = ctx.op(aten.select.int, indices, -1, k)
+            place = _wrapped(ctx, to_dtype(ctx, chosen, torch.int64), size)
+            term = ctx.op(aten.mul.Tensor, place, scale) if scale != 1 else place
+        flat = term if flat is None else _sum(ctx, flat, term)
+    assert flat is not None
+    return flat
 
 
 def _sum(ctx: Context, a: Value, b: Value) -> Value:
@@ -150,7 +182,7 @@ def _is_run(flat: torch.Tensor) -> bool:
     return torch.equal(flat, torch.arange(flat.numel()) + flat[0])
 
 
-def arg_extreme(target: Callable[..., torch.Tensor]) -> Callable[[Context, OnnxNode], Value]:
+def arg_extreme(largest: bool) -> Callable[[Context, OnnxNode], Value]:
     """Where the largest or smallest element is; the first one among equals."""
 
     def handler(ctx: Context, node: OnnxNode) -> Value:
@@ -158,9 +190,24 @@ def arg_extreme(target: Callable[..., torch.Tensor]) -> Callable[[Context, OnnxN
             raise Refused("select_last_index = 1")
         x = node.value(0)
         axis = axis_of(node.get_int("axis", 0), rank(x))
-        return ctx.op(target, x, axis, bool(node.get_int("keepdims", 1)))
+        places = ctx.op(order, x, 1, axis, largest)
+        if node.get_int("keepdims", 1):
+            return places
+        return reshape_to(ctx, places, [*shape(x)[:axis], *shape(x)[axis + 1 :]])
 
     return handler
+
+
+def top_k(ctx: Context, node: OnnxNode) -> tuple[Value, ...]:
+    """The largest or smallest elements along an axis, in order, and their places.
+
+    K is an attribute before opset 10; equal elements are in the order of their places.
+    """
+    x = node.value(0)
+    axis = axis_of(node.get_int("axis", -1), rank(x))
+    k = node.get_int("k", 0) if ctx.opset < 10 else int(number(node.value(1), "K"))
+    places = ctx.op(order, x, k, axis, bool(node.get_int("largest", 1)))
+    return ctx.op(aten.gather.default, x, axis, places), places
 
 
 def cumulative_sum(ctx: Context, node: OnnxNode) -> Value:
@@ -173,13 +220,16 @@ def cumulative_sum(ctx: Context, node: OnnxNode) -> Value:
     return ctx.op(aten.cumsum.default, x, axis, dtype=dtype)
 
 
-HANDLERS: dict[str, Callable[[Context, OnnxNode], Value]] = {
-    "ArgMax": arg_extreme(aten.argmax.default),
-    "ArgMin": arg_extreme(aten.argmin.default),
+HANDLERS: dict[str, Callable[[Context, OnnxNode], Value | tuple[Value, ...]]] = {
+    "ArgMax": arg_extreme(True),
+    "ArgMin": arg_extreme(False),
     "CumSum": cumulative_sum,
     "Gather": gather,
     "GatherElements": gather_elements,
     "GatherND": gather_nd,
+    "Scatter": scatter_elements,
+    "ScatterElements": scatter_elements,
     "ScatterND": scatter_nd,
     "Slice": slice_,
+    "TopK": top_k,
 }

@@ -16,15 +16,15 @@ Pool = Callable[[Context, OnnxNode, Value, Windows], Value]
 
 
 def spatial(pool: Pool) -> Callable[[Context, OnnxNode], Value]:
-    """A handler that gives `pool` pictures: one spatial axis becomes a picture one row high."""
+    """A handler for two or three spatial axes; one becomes a picture one row high."""
 
     def handler(ctx: Context, node: OnnxNode) -> Value:
         node.only_first_output()
         x = node.value(0)
-        if rank(x) not in (3, 4):
-            raise Refused(f"its input has {rank(x)} dimensions, not 3 or 4")
+        if rank(x) not in (3, 4, 5):
+            raise Refused(f"its input has {rank(x)} dimensions, not 3 to 5")
         windows = read_windows(node, shape(x)[2:], node.get_ints("kernel_shape") or [])
-        if rank(x) == 4:
+        if rank(x) > 3:
             return pool(ctx, node, x, windows)
         batch, channels, length = shape(x)
         row = reshape_to(ctx, x, [batch, channels, 1, length])
@@ -57,10 +57,10 @@ def max_pool(ctx: Context, node: OnnxNode, x: Value, windows: Windows) -> Value:
     if not windows.symmetric or not small:
         pads = windows.exact_pads(shape(x)[2:])
         x = constant_pad(ctx, x, [(0, 0), (0, 0), *pads], -math.inf)
-        padding, ceil = [0, 0], False
+        padding, ceil = [0] * len(padding), False
     kernel, strides, dilations = windows.kernel, windows.strides, windows.dilations
     result = ctx.op(
-        aten.max_pool2d.default,
+        aten.max_pool3d.default if rank(x) == 5 else aten.max_pool2d.default,
         x,
         list(kernel),
         list(strides),
@@ -79,15 +79,16 @@ def average_pool(ctx: Context, node: OnnxNode, x: Value, windows: Windows) -> Va
     padding = [head for head, _ in windows.pads]
     kernel, strides = list(windows.kernel), list(windows.strides)
     small = all(0 <= p <= k // 2 for p, k in zip(padding, kernel, strict=True))
-    if windows.symmetric and small:
+    if windows.symmetric and small and rank(x) == 4:
         result = ctx.op(aten.avg_pool2d.default, x, kernel, strides, padding, ceil, count_pad)
         return _checked(result, windows)
     sizes = shape(x)[2:]
     pads = windows.exact_pads(sizes)
     padded = constant_pad(ctx, x, [(0, 0), (0, 0), *pads])
-    mean = ctx.op(aten.avg_pool2d.default, padded, kernel, strides, [0, 0], False, True)
-    rows, columns = (_counted(sizes[axis], windows, axis, count_pad) for axis in range(2))
-    share = math.prod(kernel) / (rows[:, None] * columns[None, :])
+    average = aten.avg_pool3d.default if rank(x) == 5 else aten.avg_pool2d.default
+    mean = ctx.op(average, padded, kernel, strides, [0] * len(kernel), False, True)
+    counted = [_counted(size, windows, axis, count_pad) for axis, size in enumerate(sizes)]
+    share = math.prod(kernel) / torch.stack(torch.meshgrid(*counted, indexing="ij")).prod(0)
     if bool((share == 1).all()):
         return mean
     return ctx.op(aten.mul.Tensor, mean, share.to(dtype(x)))

@@ -1,4 +1,4 @@
-"""ONNX Resize and Upsample.
+"""ONNX Resize, Upsample and GridSample.
 
 Where ATen has the same operator it is used: `upsample_nearest2d` and `upsample_bilinear2d`. All
 else is still exact, because sizes are static: nearest neighbours are picked by constant indices,
@@ -200,7 +200,23 @@ def _along(ctx: Context, x: Value, axis: int, weights: torch.Tensor) -> Value:
     return permute_to(ctx, ctx.op(aten.linear.default, permute_to(ctx, x, order), weights), back)
 
 
+_MODES = {"bilinear": 0, "linear": 0, "nearest": 1, "bicubic": 2, "cubic": 2}
+_PADDINGS = {"zeros": 0, "border": 1, "reflection": 2}
+
+
+def grid_sample(ctx: Context, node: OnnxNode) -> Value:
+    """An image read at the places of a grid."""
+    x = node.value(0)
+    if rank(x) != 4:
+        raise Refused(f"its input has {rank(x)} dimensions, not 4")
+    mode = _MODES[node.get_str("mode", "linear")]
+    padding = _PADDINGS[node.get_str("padding_mode", "zeros")]
+    align = bool(node.get_int("align_corners", 0))
+    return ctx.op(aten.grid_sampler_2d.default, x, node.value(1), mode, padding, align)
+
+
 HANDLERS: dict[str, Callable[[Context, OnnxNode], Value]] = {
+    "GridSample": grid_sample,
     "Resize": resize,
     "Upsample": upsample,
 }
