@@ -24,11 +24,11 @@ from graphopt.errors import UnsupportedError
 from graphopt.ops import OPS
 from graphopt.ops.opdef import Kind
 from graphopt.ops.scalar import TIR_NAMES
-from graphopt.program.frames import with_padded_frames
 from graphopt.program.ir import ALIGNMENT, Buffer, Kernel, Program, Role, Step
 from graphopt.program.layout import PLAIN, physical_size
 from graphopt.program.layouts import assign_layouts
 from graphopt.program.memory import Lifetime, largest_live, lifetimes_of, plan_offsets, round_up
+from graphopt.program.padding import write_padding
 from graphopt.program.partition import NodeGroup, partition, tensor_operands
 from graphopt.program.pieces import plan_pieces
 from graphopt.program.tables import is_table
@@ -277,7 +277,7 @@ def lower(
     """
     check_supported(gm)
     gm = with_own_outputs(gm)
-    with_padded_frames(gm)
+    write_padding(gm)
     outputs = list(G.outputs(gm))
     state = Lowering(gm, target, name, winograd, choice)
     for node, label in zip(G.placeholders(gm), gm.meta["input_names"], strict=True):

@@ -13,9 +13,9 @@ from graphopt.backends.kernels.base import Alternatives
 from graphopt.backends.lower import Lowering, by_cost, finish, offer, with_own_outputs
 from graphopt.backends.supported import check_supported
 from graphopt.backends.target import Target
-from graphopt.program.frames import with_padded_frames
 from graphopt.program.ir import Buffer, Program, Step
 from graphopt.program.layout import PLAIN
+from graphopt.program.padding import write_padding
 from graphopt.program.partition import NodeGroup, partition
 
 _MOST_COPIES = 16
@@ -56,7 +56,7 @@ def tunable_kernels(gm: fx.GraphModule, target: Target) -> list[TunableKernel]:
     """
     check_supported(gm)
     gm = with_own_outputs(gm)
-    with_padded_frames(gm)
+    write_padding(gm)
     state = Lowering(gm, target, "kernel", True, by_cost)
     found: dict[str, TunableKernel] = {}
     for group in partition(gm, state.layouts, state.pieces.unmoved):

@@ -7,7 +7,7 @@
 
 Nothing is copied; only the places that are read differ. Depthwise ones take the rows of all the
 kernel's frames for one window instead. The depth of the input is padded already
-(`program/frames.py`), and so are the rows of depthwise ones.
+(`program/padding.py`), and so are the rows of depthwise ones.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from graphopt.backends.kernels.conv_spec import ConvSpec
 from graphopt.ops.opdef import Call, Expr, Index
-from graphopt.program.frames import is_depthwise
+from graphopt.program.padding import is_depthwise
 
 Place = Callable[[Expr, Expr, Expr, Expr], Index]
 """`(n, channel, row, column)` of the spec → index of the tensor."""
