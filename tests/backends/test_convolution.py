@@ -312,6 +312,21 @@ def test_transposed_by_winograd(
     assert program.steps[1].kernel.origin.startswith("transposed joint winograd")
 
 
+@pytest.mark.parametrize("target", ["host", "arm"])
+def test_padding_of_wide_kernels_is_written_out(target: str) -> None:
+    """Once for two layers that read the same; rows keep theirs, and so do narrow kernels."""
+    b = Builder(14)
+    x = b.conv(b.input(b.random(2, 3, 6, 37)), 16, (1, 1))
+    b.returns(
+        b.op(aten.relu.default, b.conv(x, 9, (3, 15), padding=[1, 7])),
+        b.conv(x, 24, (1, 16), stride=[1, 2], padding=[0, 7], groups=2),
+        b.conv(x, 5, (2, 11), padding=[0, 25], dilation=[1, 5]),
+        b.conv(x, 5, (1, 9), stride=[1, 2], padding=[0, 8]),
+    )
+    program = check(b, tolerance=4e-6, target=target, threads=2)
+    assert origins(program).count("map") == 2
+
+
 def test_three_dimensions() -> None:
     """Plain and blocked inputs, frames in the padding, strides and dilations of depth; channels
     that are no whole blocks; 3×3×3 as Winograd, too."""
