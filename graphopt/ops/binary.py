@@ -82,10 +82,29 @@ def _div(call: Call, a: Expr, b: Expr) -> Expr:
         return _quotient(wide(to_dtype(a, call.dtype)), wide(to_dtype(b, call.dtype)))
     a, b = _numbers(call, a, b)
     if not is_float(a):
+        a, b = _divisible(a, b)
         return tirx.floordiv(a, b) if mode == "floor" else tirx.truncdiv(a, b)
     # In float64 a quotient below 2²⁸ never rounds up to a whole number it is not.
     quotient = _quotient(_float64(a), _float64(b))
     return tirx.Cast("float32", (tirx.floor if mode == "floor" else tirx.trunc)(quotient))
+
+
+def _divisible(a: Expr, b: Expr) -> tuple[Expr, Expr]:
+    """Integers with the same quotient and remainder, at which no processor traps.
+
+    Those of x86 do, and end the program, at b = 0, where PyTorch raises: a is divided by 1 then.
+    And at the smallest a / -1, which wraps here as in PyTorch.
+    """
+    if isinstance(b, tirx.IntImm) and b.value not in (0, -1):
+        return a, b
+    dtype = dtype_of(a)
+    one = tirx.const(1, dtype)
+    if dtype.startswith("uint"):
+        return a, share(tirx.Select(b == 0, one, b))
+    a, b = share(a), share(b)
+    negative = b == tirx.const(-1, dtype)
+    divisor = share(tirx.Select(tirx.any(b == tirx.const(0, dtype), negative), one, b))
+    return share(tirx.Select(negative, -a, a)), divisor
 
 
 def _check_div(call: Call) -> str | None:
@@ -109,13 +128,13 @@ def _float_fmod(a: Expr, b: Expr) -> Expr:
 
 def _fmod(call: Call, a: Expr, b: Expr) -> Expr:
     a, b = _numbers(call, a, b)
-    return _float_fmod(a, b) if is_float(a) else tirx.truncmod(a, b)
+    return _float_fmod(a, b) if is_float(a) else tirx.truncmod(*_divisible(a, b))
 
 
 def _remainder(call: Call, a: Expr, b: Expr) -> Expr:
     a, b = _numbers(call, a, b)
     if not is_float(a):
-        return tirx.floormod(a, b)
+        return tirx.floormod(*_divisible(a, b))
     b = share(b)
     rest = _float_fmod(a, b)
     zero = tirx.const(0.0, "float32")

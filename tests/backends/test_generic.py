@@ -273,3 +273,20 @@ def test_gathers_through_padding() -> None:
         node = b.op(aten.index_select.default, node, dim, b.constant(torch.arange(11) % 7))
     b.returns(node)
     check(b, tolerance=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8])
+def test_integer_division_never_ends_the_program(dtype: torch.dtype) -> None:
+    """By 0, where PyTorch raises, and the smallest number by -1: x86 processors trap at both."""
+    b = Builder(0)
+    signed = dtype.is_signed
+    smallest = torch.iinfo(dtype).min
+    x = b.input(torch.tensor([7, 100, smallest, smallest, 9], dtype=dtype))
+    y = b.input(torch.tensor([2, 0, -1 if signed else 3, 0, 3], dtype=dtype))
+    for mode in ("floor", "trunc"):
+        b.returns(b.op(aten.div.Tensor_mode, x, y, rounding_mode=mode))
+    b.returns(b.op(aten.remainder.Tensor, x, y), b.op(aten.fmod.Tensor, x, y))
+    _, (*quotients, modulo, rest) = compile_and_run(b.finish(), [node for node in b.inputs])
+    for quotient in quotients:
+        assert quotient.tolist() == [3, 100, smallest, smallest, 3]
+    assert modulo.tolist() == rest.tolist() == [1, 0, 0, 0, 0]
