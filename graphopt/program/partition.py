@@ -24,9 +24,6 @@ _GUARDS = ("pad", "cat")
 _MOVES = ("permute", "expand", "slice", "select", "reshape", "clone")
 """A guard reads its operand only where there is one. What is fused behind it must be one
 expression: functions and gathers bind values first, and those reads would happen everywhere."""
-_GATHERS = ("index_select", "gather", "embedding")
-"""What reads through a guard at a place bound before it: TVM loses that name where the guard keeps
-a vector from being read at once."""
 
 READERS = ("attention",)
 """Anchors that read their operands through permutes and slices instead of waiting for a copy, and
@@ -190,8 +187,6 @@ def _may_join(
         return _only_moves(other) and all(_keeps_last_axis(member) for member in other.nodes)
     if OPS[node.target].name in _GUARDS and not _only_moves(other):
         return False
-    if OPS[node.target].name in _GATHERS and _has_guard(other):
-        return False
     if kind is Kind.REDUCTION:
         folds_axes = OPS[node.target].name in ("mean", "sum", "amax", "amin", "prod")
         return folds_axes and layouts[operand] == layouts[_largest_read(other, operand)]
@@ -222,10 +217,6 @@ def _keeps_last_axis(node: fx.Node) -> bool:
 def _only_moves(group: NodeGroup) -> bool:
     """Whether every node of the group reads one element at a place known from its index."""
     return all(OPS[member.target].name in _MOVES for member in group.nodes)
-
-
-def _has_guard(group: NodeGroup) -> bool:
-    return any(OPS[member.target].name in _GUARDS for member in group.nodes)
 
 
 def _cheap(group: NodeGroup) -> bool:

@@ -218,7 +218,7 @@ def test_every_unsupported_node_is_listed() -> None:
     def call(target: object, *args: object, origin: str) -> fx.Node:
         return G.call(b.gm.graph, target, args, origin=(origin,))  # type: ignore[arg-type]
 
-    strange = call(aten.cumsum.default, x, 1, origin="layer1")
+    strange = call(aten.cumprod.default, x, 1, origin="layer1")
     double = b.op(aten._to_copy.default, x, dtype=torch.float64)
     product = call(aten.matmul.default, double, double, origin="layer2")
     parts = call(
@@ -231,7 +231,7 @@ def test_every_unsupported_node_is_listed() -> None:
         lower(b.finish(), HOST, "m")
     text = str(error.value)
     for origin, reason in [
-        ("layer1", "aten::cumsum: no such operator"),
+        ("layer1", "aten::cumprod: no such operator"),
         ("layer2", "matmul: torch.float64 is not supported"),
         ("layer3", "no such operator"),
         ("layer4", "linear: its weight is computed at run time"),

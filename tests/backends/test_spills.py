@@ -129,7 +129,7 @@ CASES = {
         "conv_direct 8×9", conv(32, 3, 3, padding=1, groups=4), (1, 32, 18, 18), "relu"
     ),
     "transposed": Case(
-        "transposed 16×6", transposed, (1, 64, 12, 12), "relu", allowed={96: 2}, reason=EARLY
+        "transposed conv_direct 16×6", transposed, (1, 64, 12, 12), "relu", allowed={96: 2}, reason=EARLY
     ),
     "deep 1×1": Case("conv_deep 16×6", conv(256, 1, 1), (1, 512, 14, 14), "relu silu"),
     "deep 1×1 in one part": Case(
@@ -157,7 +157,7 @@ CASES = {
         "winograd F(4×4,3×3) 24×3", conv(24, 3, 3, padding=1), (1, 24, 76, 76), "silu"
     ),
     "Winograd F(3×3)": Case(
-        "winograd F(3×3,3×3) 16×6", conv(64, 3, 3, padding=1), (1, 64, 28, 28), "silu"
+        "winograd F(3×3,3×3) 16×6", conv(64, 3, 3, padding=1), (1, 64, 27, 27), "silu"
     ),
     "Winograd F(2×2)": Case(
         "winograd F(2×2,3×3) 16×6", conv(128, 3, 3, padding=1), (1, 128, 7, 7), "relu",
