@@ -129,7 +129,8 @@ CASES = {
         "conv_direct 8×9", conv(32, 3, 3, padding=1, groups=4), (1, 32, 18, 18), "relu"
     ),
     "transposed": Case(
-        "transposed conv_direct 16×6", transposed, (1, 64, 12, 12), "relu", allowed={96: 2}, reason=EARLY
+        "transposed conv_direct 16×6", transposed, (1, 64, 12, 12), "relu", allowed={96: 2},
+        reason=EARLY,
     ),
     "deep 1×1": Case("conv_deep 16×6", conv(256, 1, 1), (1, 512, 14, 14), "relu silu"),
     "deep 1×1 in one part": Case(
