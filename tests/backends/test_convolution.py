@@ -469,7 +469,8 @@ def test_lanes_of_four_columns() -> None:
     ):
         b.returns(b.conv(image, channels, kernel, **options))  # type: ignore[arg-type]
     program = check(b, target="arm", tolerance=4e-6)
-    assert set(origins(program)) == {"conv_direct"}
+    # Of sixteen columns the padding is written out.
+    assert sorted(origins(program)) == ["conv_direct"] * 11 + ["map"]
 
 
 def test_blocks_of_sixteen() -> None:
