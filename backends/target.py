@@ -30,6 +30,7 @@ class Target:
             one of them.
         isa: the vector instruction set the kernel generators write for.
         l1_bytes, l2_bytes: data cache per core.
+        l1_ways: how many lines of the first-level data cache an address can be in.
         emulator_cpu: `qemu -cpu` name of the same CPU.
         description: one line for `graphopt targets`.
         model: the CPU that LLVM is to schedule for and to unroll for, if not `mcpu`; names no
@@ -51,6 +52,7 @@ class Target:
     model: str = ""
     llvm_options: tuple[str, ...] = ()
     cores: int = 4
+    l1_ways: int = 8
 
 
 _V2 = ("cx16", "sahf", "popcnt", "sse3", "ssse3", "sse4.1", "sse4.2")
@@ -59,20 +61,21 @@ _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 _KB = 1024
 
 
-def _x86(name: str, features: tuple[str, ...], isa: Isa, cpu: str, description: str) -> Target:
+def _x86(
+    name: str, features: tuple[str, ...], isa: Isa, cpu: str, description: str, l2: int = 512 * _KB
+) -> Target:
     return Target(
-        name, "x86_64", "x86_64-linux-gnu", "x86-64", features, isa,
-        32 * _KB, 512 * _KB, cpu, description,
+        name, "x86_64", "x86_64-linux-gnu", "x86-64", features, isa, 32 * _KB, l2, cpu, description,
     )  # fmt: skip
 
 
 def _arm(
     name: str, mcpu: str, features: tuple[str, ...], l1: int, l2: int, cpu: str, description: str,
-    model: str = "",
+    model: str = "", ways: int = 4,
 ) -> Target:  # fmt: skip
     return Target(
         name, "aarch64", "aarch64-linux-gnu", mcpu, features, NEON, l1, l2, cpu, description,
-        model, _ARM_OPTIONS,
+        model, _ARM_OPTIONS, l1_ways=ways,
     )  # fmt: skip
 
 
@@ -87,14 +90,14 @@ _V82 = (*_V8, "crc", "lse", "rdm", "fullfp16", "dotprod")
 _A53 = _arm("cortex-a53", "cortex-a53", (*_V8, "crc"), 32 * _KB, 512 * _KB, "cortex-a53",
             "Cortex-A53 (Armv8.0-A, in order)", model="generic")  # fmt: skip
 _A72 = _arm("cortex-a72", "cortex-a72", (*_V8, "crc"), 32 * _KB, 1024 * _KB, "cortex-a72",
-            "Cortex-A72 (Armv8.0-A)")  # fmt: skip
+            "Cortex-A72 (Armv8.0-A)", ways=2)  # fmt: skip
 _A76 = _arm("cortex-a76", "cortex-a76", _V82, 64 * _KB, 512 * _KB, "cortex-a76",
             "Cortex-A76 (Armv8.2-A with dot product)")  # fmt: skip
 
 _TARGETS = (
     _x86("x86-64-v2", _V2, SSE42, "Nehalem", "x86-64 with SSE4.2 (2008 and later)"),
     _x86("x86-64-v3", _V3, AVX2, "max", "x86-64 with AVX2 and FMA (2013 and later)"),
-    _x86("x86-64-v4", _V4, AVX512, "max", "x86-64 with AVX-512"),
+    _x86("x86-64-v4", _V4, AVX512, "max", "x86-64 with AVX-512", 1024 * _KB),
     _arm("arm", "generic", _V8, 32 * _KB, 512 * _KB, "cortex-a53", "any 64-bit Armv8-A, Linux"),
     _A53,
     _A72,

@@ -238,7 +238,7 @@ def main() -> None:
     target = host()
     top = peak.measure()
     # Two vector multiply-adds a cycle, as the cost functions assume.
-    frequency = top * 1e9 / (4 * target.isa.lanes())
+    frequency = top * 1e9 / (2 * target.isa.multiply_adds * target.isa.lanes())
     caches = np.zeros(CACHES // 8)
     progress = Console(stderr=True)
     results: dict[str, list[Choice]] = {}

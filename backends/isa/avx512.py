@@ -1,5 +1,11 @@
-"""AVX-512 (F, BW, CD, DQ, VL): x86-64-v4, 512-bit vectors, twice the registers."""
+"""AVX-512 (F, BW, CD, DQ, VL): x86-64-v4, 512-bit vectors, twice the registers.
+
+Zen 4 and Intel's cores for laptops and embedded boards compute one such vector per cycle, or two of
+256 bits. Servers compute two; they are not what the choices are made for.
+"""
 
 from graphopt.backends.isa.base import Isa
 
-AVX512 = Isa("AVX-512", 64, 32, fma=True, load_operand=True, lane_operand=False, block=16)
+AVX512 = Isa(
+    "AVX-512", 64, 32, fma=True, load_operand=True, lane_operand=False, block=16, multiply_adds=1
+)

@@ -18,6 +18,7 @@ class Isa:
         lane_operand: whether a multiply-add can take one lane of a vector as its scalar operand.
         block: channels in one block of the `NCHWc` layout.
         fence: an LLVM intrinsic that no vector register keeps its value across; none if empty.
+        multiply_adds: vectors that a core multiplies and adds per cycle.
         multiply_add: `multiply_add(a, b, sum)` of one vector each in LLVM's language, whose result
             takes the register of `sum`; empty if LLVM may choose.
     """
@@ -30,6 +31,7 @@ class Isa:
     lane_operand: bool
     block: int
     fence: str = ""
+    multiply_adds: int = 2
     multiply_add: str = ""
 
     def lanes(self, dtype_bytes: int = 4) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from graphopt.backends.isa.base import Isa
 from graphopt.backends.kernels.conv_spec import ConvSpec
 from graphopt.backends.kernels.tiling import (
+    MOST_PIXELS,
     Split,
     Tile,
     best_tiles,
@@ -31,7 +32,7 @@ caches: one block for four groups 91 GFLOP/s, four blocks 94; patches of 16×16,
 _FEWEST_GATHERS = 4
 """Tasks, where they gather."""
 _GATHER_CYCLES = 3.0
-"""To copy one vector."""
+"""To copy one vector of those that a core multiplies two of per cycle."""
 
 
 @dataclass(frozen=True)
@@ -121,11 +122,14 @@ def _gathers(spec: ConvSpec) -> bool:
     return not (one_row and spec.kernel == (1, 1) and spec.padding == (0, 0))
 
 
-def plans(spec: ConvSpec, isa: Isa, l2_bytes: int, *, plain: bool = False) -> tuple[DeepPlan, ...]:
+def plans(
+    spec: ConvSpec, isa: Isa, l2_bytes: int, *, plain: bool = False, most: int = MOST_PIXELS
+) -> tuple[DeepPlan, ...]:
     """The plans with the best register tiles, the best first.
 
     There are none where the weights are few or the shape is not this kernel's. `plain` says that
-    neighbouring columns of the input are neighbours in memory, and not channels.
+    neighbouring columns of the input are neighbours in memory, and not channels; register tiles
+    have `most` pixels.
     """
     block = isa.block
     out_blocks = -(-spec.ocg // block)
@@ -139,7 +143,7 @@ def plans(spec: ConvSpec, isa: Isa, l2_bytes: int, *, plain: bool = False) -> tu
         return ()
     gathers = plain or _gathers(spec)
     blocks = _gathered(total) if gathers else split(total, min(total, _MOST_PIXELS))
-    tiles = best_tiles(out_blocks, blocks.size, isa, block)
+    tiles = best_tiles(out_blocks, blocks.size, isa, block, most)
     row = isa.lanes() if plain else 0
     return tuple(_with_tile(spec, blocks, tile, isa, row) for tile in tiles)
 
@@ -211,7 +215,7 @@ def cost(deep: DeepPlan, isa: Isa) -> float:
     steps += (cut.count - cut.large) * step_time(registers, cut.size - 1, isa)
     depth = spec.icg * deep.taps
     images = spec.batch * deep.blocks.count
-    gathering = 0.0
+    gathering, speed = 0.0, isa.lanes() * isa.multiply_adds / 2
     if deep.gathers:
-        gathering = deep.groups * deep.blocks.size * depth / isa.lanes() * _GATHER_CYCLES
+        gathering = deep.groups * deep.blocks.size * depth / speed * _GATHER_CYCLES
     return images * (deep.channels.count * depth * steps + gathering)

@@ -12,6 +12,7 @@ from graphopt.backends.kernels.conv_spec import ConvSpec
 from graphopt.backends.kernels.lanes import QUAD
 from graphopt.backends.kernels.tiling import (
     LINE,
+    MOST_PIXELS,
     Split,
     Tile,
     best_tiles,
@@ -157,9 +158,11 @@ def row_segments(spec: ConvSpec, pixels: int, *, unrolled: bool = False) -> tupl
     return tuple(segments)
 
 
-def plans(spec: ConvSpec, isa: Isa, l2_bytes: int, *, plain: bool = False) -> tuple[ConvPlan, ...]:
-    """The plans with the best register tiles, the best first; see `plan`."""
-    tiles = best_tiles(-(-spec.ocg // isa.block), spec.out_size[1], isa, isa.block)
+def plans(
+    spec: ConvSpec, isa: Isa, l2_bytes: int, *, plain: bool = False, most: int = MOST_PIXELS
+) -> tuple[ConvPlan, ...]:
+    """The plans with the best register tiles of `most` pixels, the best first; see `plan`."""
+    tiles = best_tiles(-(-spec.ocg // isa.block), spec.out_size[1], isa, isa.block, most)
     return tuple(plan(spec, isa, l2_bytes, tile, plain=plain) for tile in tiles)
 
 

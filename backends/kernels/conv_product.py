@@ -24,6 +24,7 @@ from graphopt.backends.kernels.base import Request
 from graphopt.backends.kernels.conv_deep_plan import DeepPlan
 from graphopt.backends.kernels.conv_direct_plan import ConvPlan
 from graphopt.backends.kernels.conv_spec import Accessors, ConvSpec
+from graphopt.backends.kernels.tiling import MOST_PIXELS
 from graphopt.backends.kernels.winograd_plan import WinogradPlan
 from graphopt.backends.target import Target
 from graphopt.ops.math import share
@@ -55,17 +56,20 @@ class Product:
     emit: Callable[[Expr, Any, Any, Accessors], None]
 
 
-def products(spec: ConvSpec, target: Target, *, plain: bool = False) -> list[Product]:
+def products(
+    spec: ConvSpec, target: Target, *, plain: bool = False, most: int = MOST_PIXELS
+) -> list[Product]:
     """Plan the convolution each way; the one that the cost model takes comes first.
 
     Args:
         spec: the convolution.
         target: what to build for.
         plain: whether neighbouring columns of the input are neighbours in memory, and not channels.
+        most: pixels of a register tile.
     """
     isa = target.isa
-    direct = direct_products(spec, target, plain=plain)
-    plans = conv_deep_plan.plans(spec, isa, target.l2_bytes, plain=plain)
+    direct = direct_products(spec, target, plain=plain, most=most)
+    plans = conv_deep_plan.plans(spec, isa, target.l2_bytes, plain=plain, most=most)
     if not plans:
         return direct
     deep = [_deep(plan, target) for plan in plans]
@@ -76,12 +80,13 @@ def products(spec: ConvSpec, target: Target, *, plain: bool = False) -> list[Pro
     return [*deep, *direct]
 
 
-def direct_products(spec: ConvSpec, target: Target, *, plain: bool = False) -> list[Product]:
+def direct_products(
+    spec: ConvSpec, target: Target, *, plain: bool = False, most: int = MOST_PIXELS
+) -> list[Product]:
     """The ways of `conv_direct`, the best first."""
-    return [
-        _direct(plan, target, plain)
-        for plan in conv_direct_plan.plans(spec, target.isa, target.l2_bytes, plain=plain)
-    ]
+    isa, l2_bytes = target.isa, target.l2_bytes
+    plans = conv_direct_plan.plans(spec, isa, l2_bytes, plain=plain, most=most)
+    return [_direct(plan, target, plain) for plan in plans]
 
 
 def deep_products(spec: ConvSpec, target: Target) -> list[Product]:

@@ -24,6 +24,7 @@ from graphopt.backends.kernels.builder import View, unflatten
 from graphopt.backends.kernels.conv_product import Product, key_of, products
 from graphopt.backends.kernels.conv_spec import Accessors, ConvSpec
 from graphopt.backends.kernels.fusion import Group
+from graphopt.backends.kernels.tiling import MOST_PIXELS, most_apart
 from graphopt.backends.target import Target
 from graphopt.ops import OPS
 from graphopt.ops.opdef import Expr, Index
@@ -45,7 +46,7 @@ def lower_linear(request: Request) -> Alternatives | None:
     candidates = [
         Candidate(_origin(each), each.cycles,
                   partial(_product, request, spec, each, matrix.reshape(n_out, n_in, 1, 1)))
-        for each in products(spec, _for_rows(request.target, m))
+        for each in products(spec, _for_rows(request.target, m), most=_rows(request, n_in))
     ]  # fmt: skip
     layouts = [request.spec(node).layout for node in (_source(request), request.root)]
     return Alternatives(key_of("linear", spec, request, *layouts, merged), tuple(candidates))
@@ -61,6 +62,14 @@ def _for_rows(target: Target, rows: int) -> Target:
     if rows > 1 or not isa.lane_operand:
         return target
     return replace(target, isa=replace(isa, block=isa.lanes()))
+
+
+def _rows(request: Request, depth: int) -> int:
+    """The most rows of a register tile: those of a plain input may meet in the cache."""
+    target = request.target
+    if not _is_plain(request):
+        return MOST_PIXELS
+    return most_apart(4 * depth, target.l1_bytes // target.l1_ways, target.l1_ways)
 
 
 def _weight_node(request: Request) -> Any:

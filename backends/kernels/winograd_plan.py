@@ -26,8 +26,9 @@ _NOT_HIDDEN = 0.25
 """Share of the shorter one that the products and their data's way do not overlap."""
 _INTO = 1.3, 0.33
 _BACK = 4.2, 0.8
-"""Cycles of a transform for a vector of channels, by place and by operation: fitted, as are the
-next two, to 250 kernels of 8 to 2,048 channels, whose times they give to 11 % on average."""
+"""Cycles of a transform for a vector of channels, two of which a core multiplies and adds per
+cycle, by place and by operation: fitted, as are the next two, to 250 kernels of 8 to 2,048
+channels, whose times they give to 11 % on average."""
 _START = 5600
 """Cycles of a kernel besides."""
 _PLACE = 270
@@ -408,8 +409,9 @@ def cost(conv: WinogradPlan, isa: Isa, l2_bytes: int) -> float:
     into = _INTO[0] * places + _INTO[1] * operations(down, along)
     back = _BACK[0] * places + _BACK[1] * operations(back_down, back_along)
     hidden = max(products, traffic) + _NOT_HIDDEN * min(products, traffic)
-    into *= tiles * conv.in_blocks * width * conv.groups
-    back *= tiles * channels / lanes
+    slower = 2 / isa.multiply_adds
+    into *= slower * tiles * conv.in_blocks * width * conv.groups
+    back *= slower * tiles * channels / lanes
     return hidden + into + back + _START + _PLACE * conv.places
 
 
@@ -426,7 +428,7 @@ def direct_cost(spec: ConvSpec, isa: Isa, l2_bytes: int) -> float:
     depth = spec.icg * spec.kernel[0] * spec.kernel[1]
     met = spec.met(0) * spec.met(1) / prod(spec.out_size + spec.kernel)
     pixels = spec.batch * prod(spec.out_size) * min(1.0, SKIPPING * met)
-    products = pixels * depth * channels / (2 * isa.lanes() * _DIRECT_EFFICIENCY)
+    products = pixels * depth * channels / (isa.multiply_adds * isa.lanes() * _DIRECT_EFFICIENCY)
     tile_bytes = depth * 2 * block * 4
     passes = 1 if tile_bytes <= l2_bytes // 2 else spec.out_size[0]
     traffic = depth * channels * 4 * passes / _FAR_BYTES
