@@ -19,6 +19,8 @@ class Isa:
         block: channels in one block of the `NCHWc` layout.
         fence: an LLVM intrinsic that no vector register keeps its value across; none if empty.
         multiply_adds: vectors that a core multiplies and adds per cycle.
+        panel_bytes: weights that a deep product multiplies with all rows before the next ones; a
+            third of them in Winograd's products, which share the cache with many inputs.
         multiply_add: `multiply_add(a, b, sum)` of one vector each in LLVM's language, whose result
             takes the register of `sum`; empty if LLVM may choose.
     """
@@ -32,6 +34,7 @@ class Isa:
     block: int
     fence: str = ""
     multiply_adds: int = 2
+    panel_bytes: int = 12288
     multiply_add: str = ""
 
     def lanes(self, dtype_bytes: int = 4) -> int:

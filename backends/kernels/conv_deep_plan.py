@@ -16,8 +16,7 @@ from graphopt.backends.kernels.tiling import (
     together,
 )
 
-_PANEL_BYTES = 12288
-"""Weights multiplied with all pixels before the next ones; half of a small first-level cache."""
+_FEW_BYTES = 49152
 _SUMS_BYTES = 32768
 _MOST_PIXELS = 256
 _FEWEST_PIXELS = 4
@@ -153,7 +152,7 @@ def _few(spec: ConvSpec, pixels: int, l2_bytes: int, plain: bool) -> int:
     if not _gathers(spec) and pixels <= _MOST_PIXELS:
         # A block holds all pixels. Direct convolution reads the weights only once, too, but waits
         # for them: those that would fit the second level have left it since the model's last run.
-        return 4 * _PANEL_BYTES
+        return _FEW_BYTES
     gathers_little = spec.kernel == (1, 1) and (plain or _gathers(spec))
     return l2_bytes // 2 if gathers_little else l2_bytes * 3 // 2
 
@@ -170,7 +169,7 @@ def _with_tile(spec: ConvSpec, blocks: Split, tile: Tile, isa: Isa, row: int) ->
     channels = split(-(-spec.ocg // block), tile.vectors)
     width = channels.size * block
     in_blocks = spec.icg // block
-    most = max(1, _PANEL_BYTES // (width * block * taps * 4))
+    most = max(1, isa.panel_bytes // (width * block * taps * 4))
     parts = _parts(in_blocks, most)
     if in_blocks // parts <= most // 2:
         # Rather a larger panel than the sums' way to scratch and back for little depth.

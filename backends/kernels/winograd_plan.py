@@ -46,9 +46,6 @@ _CHANNELS_AT_ONCE = 32
 _MOST_TILES = 48
 _MOST_OF_IMAGES = 64
 """Tiles in a task; of whole images more, since their last tiles save up to a quarter."""
-_PANEL_BYTES = 4096
-"""Weights multiplied with all tiles before the next ones: they share the first-level cache with
-their inputs."""
 _MOST_PLACES = {2: 6, 3: 6, 4: 8, 5: 8, 6: 8, 7: 8}
 _MOST_PLACES_ALONE = 10
 """Places of a tile's side by the kernel's longer side, and where the kernel is a row or a column.
@@ -94,6 +91,8 @@ class WinogradPlan:
         pixels: tiles in one register tile.
         at_once: register tiles of channels multiplied together.
         groups: groups of output channels that are tasks of their own.
+        panel_bytes: weights multiplied with a few tiles before the next ones; twice as many with
+            many tiles.
         streams: the weights come from beyond the second-level cache.
         by_lane: multiply-adds take one lane of a vector.
         in_place: there is `Isa.multiply_add`.
@@ -110,6 +109,7 @@ class WinogradPlan:
     pixels: int
     at_once: int
     groups: int
+    panel_bytes: int
     streams: bool
     by_lane: bool
     in_place: bool
@@ -224,10 +224,10 @@ class WinogradPlan:
 
     @property
     def depth_parts(self) -> int:
-        """Equal parts the input channels are multiplied in: a panel of weights stays in L1."""
+        """Equal parts the input channels are multiplied in: a panel of weights stays close."""
         full, rest = divmod(self.spec.icg, self.block)
         block_bytes = self.width * self.block * 4
-        panel = _PANEL_BYTES * (2 if self.cut.size >= _LARGE_CUT else 1)
+        panel = self.panel_bytes * (2 if self.cut.size >= _LARGE_CUT else 1)
         if rest or full * block_bytes <= 2 * panel:
             return 1
         most = panel // block_bytes
@@ -332,7 +332,8 @@ def _candidates(spec: ConvSpec, isa: Isa, l2_bytes: int) -> Iterator[WinogradPla
             for cut, images in sorted(cuts, key=lambda c: (c[0].size, c[1])):
                 yield WinogradPlan(
                     spec, m, block, min(block, isa.lanes()), (rows, columns), cut, images, vectors,
-                    pixels, at_once, groups, streams, isa.lane_operand, bool(isa.multiply_add),
+                    pixels, at_once, groups, isa.panel_bytes // 3, streams, isa.lane_operand,
+                    bool(isa.multiply_add),
                 )  # fmt: skip
 
 
