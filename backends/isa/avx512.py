@@ -10,5 +10,5 @@ from graphopt.backends.isa.base import Isa
 # of a small first level as for other instruction sets, were 2 % slower.
 AVX512 = Isa(
     "AVX-512", 64, 32, fma=True, load_operand=True, lane_operand=False, block=16, multiply_adds=1,
-    panel_bytes=98304,
+    panel_bytes=98304, halves=True,
 )  # fmt: skip

@@ -21,6 +21,7 @@ class Isa:
         multiply_adds: vectors that a core multiplies and adds per cycle.
         panel_bytes: weights that a deep product multiplies with all rows before the next ones; a
             third of them in Winograd's products, which share the cache with many inputs.
+        halves: whether a multiply-add of half a vector takes half the time.
         multiply_add: `multiply_add(a, b, sum)` of one vector each in LLVM's language, whose result
             takes the register of `sum`; empty if LLVM may choose.
     """
@@ -35,6 +36,7 @@ class Isa:
     fence: str = ""
     multiply_adds: int = 2
     panel_bytes: int = 12288
+    halves: bool = False
     multiply_add: str = ""
 
     def lanes(self, dtype_bytes: int = 4) -> int:

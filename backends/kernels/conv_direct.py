@@ -186,8 +186,10 @@ class _Row:
         blocks = -(-spec.ocg // block)
         origin = (g * blocks + self.tile_block) * block * depth
         acc = T.alloc_buffer((pixels * vectors * block,), "float32", scope="local")
-        for slot in range(pixels * vectors):
-            with T.vectorized(0, block) as lane:
+        last = block // 2 if conv.half else block
+        lanes = [last if v == vectors - 1 else block for v in range(vectors)] * pixels
+        for slot, used in enumerate(lanes):
+            with T.vectorized(0, used) as lane:
                 T.buffer_store(acc, f32(0.0), [slot * block + lane])
 
         row = oh * spec.stride[0] - spec.padding[0]
@@ -207,7 +209,8 @@ class _Row:
                 inside = tirx.all(iw >= 0, iw < spec.in_size[1])
                 return tirx.Select(inside, access.x(n, g * spec.icg + c, ih, near), f32(0.0))
 
-            multiply(acc, weights, base, block, _inside(pixels, skipped), vectors, x, conv.in_place)
+            multiply(acc, weights, base, block, _inside(pixels, skipped), vectors, x, conv.in_place,
+                     last)  # fmt: skip
 
         by_lane = (conv.by_lane and access.vector_in and not is_tested
                    and (spec.groups == 1 or spec.icg % block == 0))  # fmt: skip
@@ -273,7 +276,21 @@ class _Row:
         else:
             with loop(kernel_w) as kw:
                 kernel_column(kw, frozenset())
-        end(acc, pixels, column)
+        end(_widened(acc, lanes, block) if conv.half else acc, pixels, column)
+
+
+def _widened(acc: Any, lanes: Sequence[int], block: int) -> Any:
+    """The vectors with zeros behind the lanes that are used.
+
+    They are whole only here: LLVM would compute with whole vectors otherwise.
+    """
+    whole = T.alloc_buffer((len(lanes) * block,), "float32", scope="local")
+    for slot, used in enumerate(lanes):
+        for first in range(0, block, used):
+            with T.vectorized(0, used) as lane:
+                place = slot * block + first + lane
+                T.buffer_store(whole, f32(0.0) if first else acc[place], [place])
+    return whole
 
 
 def _inside(pixels: int, skipped: frozenset[int]) -> list[int]:

@@ -18,6 +18,7 @@ from graphopt.backends.kernels.tiling import (
     best_tiles,
     choose_tile,
     fits,
+    is_half,
     split,
     step_time,
     together,
@@ -79,6 +80,7 @@ class ConvPlan:
         tight: pixels from which a register tile leaves no register.
         by_row: whether the kernel's columns are innermost, as neighbouring columns of the input are
             loaded at once.
+        half: whether of the last block of channels only the first half is multiplied.
     """
 
     spec: ConvSpec
@@ -93,6 +95,7 @@ class ConvPlan:
     together: int
     tight: int = 0
     by_row: bool = False
+    half: bool = False
 
     @property
     def row_tasks(self) -> int:
@@ -162,7 +165,8 @@ def plans(
     spec: ConvSpec, isa: Isa, l2_bytes: int, *, plain: bool = False, most: int = MOST_PIXELS
 ) -> tuple[ConvPlan, ...]:
     """The plans with the best register tiles of `most` pixels, the best first; see `plan`."""
-    tiles = best_tiles(-(-spec.ocg // isa.block), spec.out_size[1], isa, isa.block, most)
+    half = is_half(spec.ocg, isa)
+    tiles = best_tiles(-(-spec.ocg // isa.block), spec.out_size[1], isa, isa.block, most, half)
     return tuple(plan(spec, isa, l2_bytes, tile, plain=plain) for tile in tiles)
 
 
@@ -194,9 +198,10 @@ def plan(
     registers = max(1, block // isa.lanes()) * tile.vectors
     tight = next(p for p in count(1) if not fits(registers, p + 1, isa))
     by_row = plain and isa.lane_operand and unrolled_columns(spec) > 0
+    half = channels.count == 1 and is_half(spec.ocg, isa)
     return ConvPlan(spec, block, channels, segments, tiles, tiles_per_task, channels_outer,
                     isa.lane_operand, bool(isa.multiply_add), together(isa), tight,
-                    by_row)  # fmt: skip
+                    by_row, half)  # fmt: skip
 
 
 def unrolled_columns(spec: ConvSpec) -> int:
@@ -225,7 +230,7 @@ def cost(conv: ConvPlan, isa: Isa, *, plain: bool = False) -> float:
     spec = conv.spec
     depth = spec.icg * spec.kernel[0] * spec.kernel[1]
     width = conv.channels.size * conv.block
-    registers = width // isa.lanes()
+    registers = width // isa.lanes() - 0.5 * conv.half
     far = depth * width * 4 > _PANEL_BYTES
     whole = used = 0.0
     for segment in conv.segments:

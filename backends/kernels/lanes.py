@@ -34,10 +34,11 @@ class Tap:
 
 def multiply(
     acc: Any, weights: Any, base: Expr, block: int, pixels: Sequence[int], vectors: int,
-    x: Callable[[int], Expr], in_place: bool = False,
+    x: Callable[[int], Expr], in_place: bool = False, last: int = 0,
 ) -> None:  # fmt: skip
     """Multiply and add one channel of some pixels of a tile; its weights begin at `base`.
 
+    Of the last vector only the first `last` lanes are used, if that is not 0.
     `in_place` says that there is `Isa.multiply_add`. Tiles of one vector use it: 8×13 ran at 50 to
     72 GFLOP/s without, and at 75 to 89 with it. For wider ones LLVM's own order is better.
     """
@@ -49,7 +50,8 @@ def multiply(
             T.buffer_store(acc, multiply_add(value, row, acc[slot], block), [slot])
             continue
         for v in range(vectors):
-            with T.vectorized(0, block) as lane:
+            lanes = last if last and v == vectors - 1 else block
+            with T.vectorized(0, lanes) as lane:
                 slot = (p * vectors + v) * block + lane
                 T.buffer_store(acc, acc[slot] + value * weights[base + v * block + lane], [slot])
 

@@ -79,21 +79,27 @@ def most_apart(apart: int, way_bytes: int, ways: int) -> int:
     return min(MOST_PIXELS, max(_FEWEST_APART, together))
 
 
+def is_half(channels: int, isa: Isa) -> bool:
+    """Whether so many channels leave half a vector of their last block unused, and it is saved."""
+    return isa.halves and isa.block == isa.lanes() and 0 < channels % isa.block <= isa.block // 2
+
+
 @lru_cache(maxsize=4096)
 def best_tiles(
-    blocks: int, pixels: int, isa: Isa, block: int, most: int = MOST_PIXELS
+    blocks: int, pixels: int, isa: Isa, block: int, most: int = MOST_PIXELS, half: bool = False
 ) -> tuple[Tile, ...]:
     """A few tiles of least estimated time, the best first; of those that cut alike, one.
 
     A tile's time per multiply-add step is bounded by its multiply-adds, its loads (weights and one
     broadcast per pixel) and the latency of the dependent adds; tiles must fit the registers, and
-    have `most` pixels.
+    have `most` pixels. `half` says that half a block is saved in tiles of all blocks.
     """
     width = max(1, block * 4 // isa.vector_bytes)
     found: dict[tuple[int, int], tuple[float, int, int, int]] = {}
     for vectors in range(1, min(blocks, max(8, _MOST_CHANNELS // block)) + 1):
         for tile_pixels in range(1, min(pixels, most) + 1):
-            if not fits(width * vectors, tile_pixels, isa):
+            # LLVM spills where half vectors leave no register free.
+            if not fits(width * vectors, tile_pixels + half, isa):
                 continue
             time = 0.0
             rows, columns = split(blocks, vectors), split(pixels, tile_pixels)
@@ -102,7 +108,8 @@ def best_tiles(
                     (columns.size, columns.large),
                     (columns.size - 1, columns.count - columns.large),
                 ):
-                    time += nv * np_ * step_time(width * v, p, isa)
+                    saved = 0.5 * (half and rows.count == 1)
+                    time += nv * np_ * step_time(width * v - saved, p, isa)
             # Of equal tiles, the one that needs fewer registers for its inputs.
             order = tile_pixels if isa.lane_operand else -tile_pixels
             candidate = (round(time, 6), order, vectors, tile_pixels)
@@ -135,10 +142,11 @@ def fits(vector_registers: int, pixels: int, isa: Isa) -> bool:
     return vector_registers * (pixels + 1) + inputs + spare <= isa.registers
 
 
-def step_time(vector_registers: int, pixels: int, isa: Isa) -> float:
+def step_time(vector_registers: float, pixels: int, isa: Isa) -> float:
     """Cycles one step of the reduction takes on a tile, by the tightest bound."""
     multiply_adds = vector_registers * pixels * (1 if isa.fma else 2)
     broadcasts = pixels / 4 if isa.lane_operand else pixels
-    loads = vector_registers + broadcasts
+    # A vector that the core computes one of per cycle it loads one of, too.
+    loads = vector_registers * 2 / isa.multiply_adds + broadcasts
     # A small overhead per step keeps equal bounds apart: fewer, larger tiles amortize the loop.
     return max(multiply_adds / isa.multiply_adds, loads / _LOADS, _FMA_LATENCY) + 0.3
