@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -16,12 +16,11 @@ class Isa:
         fma: whether one instruction multiplies and adds.
         load_operand: whether arithmetic can take a vector operand straight from memory.
         lane_operand: whether a multiply-add can take one lane of a vector as its scalar operand.
-        block: channels in one block of the `NCHWc` layout.
+        block: channels in one block of the `NCHWc` layout; a vector may hold several of them.
         fence: an LLVM intrinsic that no vector register keeps its value across; none if empty.
         multiply_adds: vectors that a core multiplies and adds per cycle.
         panel_bytes: weights that a deep product multiplies with all rows before the next ones; a
             third of them in Winograd's products, which share the cache with many inputs.
-        halves: whether a multiply-add of half a vector takes half the time.
         multiply_add: `multiply_add(a, b, sum)` of one vector each in LLVM's language, whose result
             takes the register of `sum`; empty if LLVM may choose.
     """
@@ -36,9 +35,17 @@ class Isa:
     fence: str = ""
     multiply_adds: int = 2
     panel_bytes: int = 12288
-    halves: bool = False
     multiply_add: str = ""
 
     def lanes(self, dtype_bytes: int = 4) -> int:
         """Elements of `dtype_bytes` bytes in one vector register."""
         return self.vector_bytes // dtype_bytes
+
+    @property
+    def wide(self) -> int:
+        """Lanes that products compute as one: a block, or the blocks of a vector."""
+        return max(self.block, self.lanes())
+
+    def widened(self) -> Isa:
+        """With blocks of whole vectors, for kernels whose operands are in no layout of blocks."""
+        return replace(self, block=self.wide)

@@ -30,7 +30,7 @@ from graphopt.backends.kernels.builder import barrier, f32, fence, loop, prefetc
 from graphopt.backends.kernels.conv_deep_plan import DeepPlan
 from graphopt.backends.kernels.conv_finish import band_tiles, finish, finish_pixels
 from graphopt.backends.kernels.conv_spec import Accessors
-from graphopt.backends.kernels.lanes import QUAD, multiply, multiply_by_lanes
+from graphopt.backends.kernels.lanes import QUAD, multiply, multiply_by_lanes, vectors_of
 from graphopt.backends.kernels.product import span, transposed
 from graphopt.backends.kernels.tiling import LINE, split
 from graphopt.ops.math import share
@@ -226,24 +226,24 @@ class _Task:
         self, acc: Any, tile: _Tile, pixels: int, sums: Any, origin: Expr, stride: int
     ) -> None:
         """Store a tile's sums from `origin` on, a pixel's `stride` floats behind the last one's."""
-        block = self.deep.block
+        width = tile.vectors * self.deep.block
         for p in range(pixels):
-            for v in range(tile.vectors):
-                with T.vectorized(0, block) as lane:
-                    value = acc[(p * tile.vectors + v) * block + lane]
-                    T.buffer_store(sums, value, [origin + p * stride + v * block + lane])
+            for start, count in vectors_of(width, self.deep.wide):
+                with T.vectorized(0, count) as lane:
+                    value = acc[p * width + start + lane]
+                    T.buffer_store(sums, value, [origin + p * stride + start + lane])
 
     def _products(self, tile: _Tile, first: Expr, pixels: int, piece: Expr) -> Any:
         """The part's products of one tile, added to the sums of the parts before, in registers."""
-        block, vectors = self.deep.block, tile.vectors
-        acc = T.alloc_buffer((pixels * vectors * block,), "float32", scope="local")
+        width = tile.vectors * self.deep.block
+        acc = T.alloc_buffer((pixels * width,), "float32", scope="local")
 
         def start(value: Callable[[Expr], Expr]) -> None:
             for p in range(pixels):
-                for v in range(vectors):
-                    with T.vectorized(0, block) as lane:
-                        place = self._kept(tile, first) + p * self.deep.width + v * block + lane
-                        T.buffer_store(acc, value(place), [(p * vectors + v) * block + lane])
+                for begin, count in vectors_of(width, self.deep.wide):
+                    with T.vectorized(0, count) as lane:
+                        place = self._kept(tile, first) + p * self.deep.width + begin + lane
+                        T.buffer_store(acc, value(place), [p * width + begin + lane])
 
         if self.deep.parts == 1:
             start(lambda _: f32(0.0))
@@ -266,7 +266,7 @@ class _Task:
 
     def _multiply(self, tile: _Tile, acc: Any, first: Expr, pixels: int, piece: Expr) -> None:
         deep, block, width = self.deep, self.deep.block, self.deep.width
-        part, vectors = tile.part, tile.vectors
+        part, of_tile = tile.part, tile.vectors * block
         origin = tile.panel * (deep.part_depth * width)
 
         def x(p: int, number: Expr, ci: Expr) -> Expr:
@@ -292,8 +292,8 @@ class _Task:
                         barrier()
                     ask_ahead(row + first_lane * width)
                     multiply_by_lanes(
-                        acc, self.weights, row + first_lane * width, width, block, range(pixels),
-                        vectors, partial(lane_of, number, first_lane),
+                        acc, self.weights, row + first_lane * width, width, of_tile, deep.wide,
+                        range(pixels), partial(lane_of, number, first_lane),
                     )  # fmt: skip
                 return
             with loop(block // QUAD) as outer:
@@ -301,7 +301,7 @@ class _Task:
                 ask_ahead(row)
                 for c in range(QUAD):
                     multiply(
-                        acc, self.weights, row + c * width, block, range(pixels), vectors,
+                        acc, self.weights, row + c * width, of_tile, deep.wide, range(pixels),
                         partial(x, number=number, ci=outer * QUAD + c), deep.in_place,
                     )  # fmt: skip
 

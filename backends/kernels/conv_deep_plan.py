@@ -41,6 +41,7 @@ class DeepPlan:
     Attributes:
         spec: the convolution, in one group.
         block: channels per block.
+        wide: channels that products compute as one; see `Isa`.
         channels: the blocks of output channels, cut into register tiles.
         group: register tiles of channels in one task.
         blocks: the pixels of an image, cut into blocks for the tasks.
@@ -55,6 +56,7 @@ class DeepPlan:
 
     spec: ConvSpec
     block: int
+    wide: int
     channels: Split
     group: int
     blocks: Split
@@ -143,7 +145,7 @@ def plans(
     gathers = plain or _gathers(spec)
     blocks = _gathered(total) if gathers else split(total, min(total, _MOST_PIXELS))
     tiles = best_tiles(out_blocks, blocks.size, isa, block, most)
-    row = isa.lanes() if plain else 0
+    row = min(block, isa.lanes()) if plain else 0
     return tuple(_with_tile(spec, blocks, tile, isa, row) for tile in tiles)
 
 
@@ -182,8 +184,8 @@ def _with_tile(spec: ConvSpec, blocks: Split, tile: Tile, isa: Isa, row: int) ->
     if gathers:
         groups = -(-_FEWEST_GATHERS // (spec.batch * blocks.count))
         group = -(-channels.count // groups)
-    return DeepPlan(spec, block, channels, group, blocks, tile.pixels, parts, isa.lane_operand,
-                    bool(isa.multiply_add), together(isa), row)  # fmt: skip
+    return DeepPlan(spec, block, isa.wide, channels, group, blocks, tile.pixels, parts,
+                    isa.lane_operand, bool(isa.multiply_add), together(isa), row)  # fmt: skip
 
 
 def _gathered(pixels: int) -> Split:
@@ -209,9 +211,9 @@ def cost(deep: DeepPlan, isa: Isa) -> float:
     """Estimated cycles of one core: the products, and gathering once for every group."""
     spec = deep.spec
     cut = split(deep.blocks.size, deep.pixels)
-    registers = deep.width // isa.lanes()
-    steps = cut.large * step_time(registers, cut.size, isa)
-    steps += (cut.count - cut.large) * step_time(registers, cut.size - 1, isa)
+    blocks = deep.channels.size
+    steps = cut.large * step_time(blocks, cut.size, isa)
+    steps += (cut.count - cut.large) * step_time(blocks, cut.size - 1, isa)
     depth = spec.icg * deep.taps
     images = spec.batch * deep.blocks.count
     gathering, speed = 0.0, isa.lanes() * isa.multiply_adds / 2

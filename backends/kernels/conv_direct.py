@@ -32,7 +32,14 @@ from graphopt.backends.kernels.conv_direct_plan import (
 )
 from graphopt.backends.kernels.conv_finish import band_tiles, finish, finish_pixels
 from graphopt.backends.kernels.conv_spec import Accessors, kernel_rows
-from graphopt.backends.kernels.lanes import QUAD, Tap, multiply, multiply_by_lanes, multiply_row
+from graphopt.backends.kernels.lanes import (
+    QUAD,
+    Tap,
+    multiply,
+    multiply_by_lanes,
+    multiply_row,
+    vectors_of,
+)
 from graphopt.backends.kernels.tiling import LINE
 from graphopt.ops.math import share
 from graphopt.ops.opdef import Expr
@@ -144,10 +151,11 @@ class _Row:
             left = self.conv.column_of(start)
 
             def keep(acc: Any, pixels: int, column: Expr, left: Expr = left) -> None:
-                for slot in range(pixels * self.vectors):
-                    with T.vectorized(0, block) as lane:
-                        place = (column - left) * width + slot * block + lane
-                        T.buffer_store(sums, acc[slot * block + lane], [place])
+                for p in range(pixels):
+                    for begin, count in vectors_of(width, self.conv.wide):
+                        with T.vectorized(0, count) as lane:
+                            place = (column - left + p) * width + begin + lane
+                            T.buffer_store(sums, acc[p * width + begin + lane], [place])
 
             with T.serial(0, end - start) as i:
                 self._segments(self.conv.segments, start + i, keep)
@@ -186,18 +194,17 @@ class _Row:
         blocks = -(-spec.ocg // block)
         origin = (g * blocks + self.tile_block) * block * depth
         acc = T.alloc_buffer((pixels * vectors * block,), "float32", scope="local")
-        last = block // 2 if conv.half else block
-        lanes = [last if v == vectors - 1 else block for v in range(vectors)] * pixels
-        for slot, used in enumerate(lanes):
-            with T.vectorized(0, used) as lane:
-                T.buffer_store(acc, f32(0.0), [slot * block + lane])
+        for p in range(pixels):
+            for start, count in vectors_of(width, conv.wide):
+                with T.vectorized(0, count) as lane:
+                    T.buffer_store(acc, f32(0.0), [p * width + start + lane])
 
         row = oh * spec.stride[0] - spec.padding[0]
         low, high = kernel_rows(spec, row)
         left = column * spec.stride[1] - spec.padding[1]
 
         is_tested = tests_columns(spec)
-        is_tight = pixels >= conv.tight and not (conv.in_place and vectors == 1)
+        is_tight = pixels >= conv.tight and not (conv.in_place and width == conv.wide)
 
         def step(c: Expr, ih: Expr, base: Expr, kw: Expr, skipped: frozenset[int]) -> None:
             def x(p: int) -> Expr:
@@ -209,8 +216,8 @@ class _Row:
                 inside = tirx.all(iw >= 0, iw < spec.in_size[1])
                 return tirx.Select(inside, access.x(n, g * spec.icg + c, ih, near), f32(0.0))
 
-            multiply(acc, weights, base, block, _inside(pixels, skipped), vectors, x, conv.in_place,
-                     last)  # fmt: skip
+            multiply(acc, weights, base, width, conv.wide, _inside(pixels, skipped), x,
+                     conv.in_place)  # fmt: skip
 
         by_lane = (conv.by_lane and access.vector_in and not is_tested
                    and (spec.groups == 1 or spec.icg % block == 0))  # fmt: skip
@@ -221,7 +228,7 @@ class _Row:
                 return access.x(n, g * spec.icg + c + lane, ih, iw)
 
             multiply_by_lanes(
-                acc, weights, base, width, block, _inside(pixels, skipped), vectors, x
+                acc, weights, base, width, width, conv.wide, _inside(pixels, skipped), x
             )
 
         def channel_block(first: Expr, channels: int, kw: Expr, skipped: frozenset[int]) -> None:
@@ -276,21 +283,7 @@ class _Row:
         else:
             with loop(kernel_w) as kw:
                 kernel_column(kw, frozenset())
-        end(_widened(acc, lanes, block) if conv.half else acc, pixels, column)
-
-
-def _widened(acc: Any, lanes: Sequence[int], block: int) -> Any:
-    """The vectors with zeros behind the lanes that are used.
-
-    They are whole only here: LLVM would compute with whole vectors otherwise.
-    """
-    whole = T.alloc_buffer((len(lanes) * block,), "float32", scope="local")
-    for slot, used in enumerate(lanes):
-        for first in range(0, block, used):
-            with T.vectorized(0, used) as lane:
-                place = slot * block + first + lane
-                T.buffer_store(whole, f32(0.0) if first else acc[place], [place])
-    return whole
+        end(acc, pixels, column)
 
 
 def _inside(pixels: int, skipped: frozenset[int]) -> list[int]:
@@ -316,7 +309,7 @@ def _multiply_rows(
 
     def row(c: Expr, kh: Expr, first: Expr) -> None:
         base = origin + ((c * kernel_h + kh) * kernel_w + first) * width
-        multiply_row(acc, weights, base, width, conv.block, taps, vectors,
+        multiply_row(acc, weights, base, width, conv.wide, taps,
                      lambda offset: x(c, kh, first * spec.dilation[1] + offset))  # fmt: skip
 
     # A single column is little for a turn of the loop.

@@ -18,7 +18,6 @@ from graphopt.backends.kernels.tiling import (
     best_tiles,
     choose_tile,
     fits,
-    is_half,
     split,
     step_time,
     together,
@@ -69,6 +68,7 @@ class ConvPlan:
     Attributes:
         spec: the convolution.
         block: channels per block.
+        wide: channels that products compute as one; see `Isa`.
         channels: the blocks of output channels, cut into tiles.
         segments: the tiles of a row.
         tiles: how many those are.
@@ -80,11 +80,11 @@ class ConvPlan:
         tight: pixels from which a register tile leaves no register.
         by_row: whether the kernel's columns are innermost, as neighbouring columns of the input are
             loaded at once.
-        half: whether of the last block of channels only the first half is multiplied.
     """
 
     spec: ConvSpec
     block: int
+    wide: int
     channels: Split
     segments: tuple[Segment, ...]
     tiles: int
@@ -95,7 +95,6 @@ class ConvPlan:
     together: int
     tight: int = 0
     by_row: bool = False
-    half: bool = False
 
     @property
     def row_tasks(self) -> int:
@@ -165,8 +164,7 @@ def plans(
     spec: ConvSpec, isa: Isa, l2_bytes: int, *, plain: bool = False, most: int = MOST_PIXELS
 ) -> tuple[ConvPlan, ...]:
     """The plans with the best register tiles of `most` pixels, the best first; see `plan`."""
-    half = is_half(spec.ocg, isa)
-    tiles = best_tiles(-(-spec.ocg // isa.block), spec.out_size[1], isa, isa.block, most, half)
+    tiles = best_tiles(-(-spec.ocg // isa.block), spec.out_size[1], isa, isa.block, most)
     return tuple(plan(spec, isa, l2_bytes, tile, plain=plain) for tile in tiles)
 
 
@@ -195,13 +193,11 @@ def plan(
     )  # fmt: skip
     if channels_outer:
         tiles_per_task = min(tiles, max(tiles_per_task, 4))
-    registers = max(1, block // isa.lanes()) * tile.vectors
-    tight = next(p for p in count(1) if not fits(registers, p + 1, isa))
+    tight = next(p for p in count(1) if not fits(tile.vectors, p + 1, isa))
     by_row = plain and isa.lane_operand and unrolled_columns(spec) > 0
-    half = channels.count == 1 and is_half(spec.ocg, isa)
-    return ConvPlan(spec, block, channels, segments, tiles, tiles_per_task, channels_outer,
-                    isa.lane_operand, bool(isa.multiply_add), together(isa), tight,
-                    by_row, half)  # fmt: skip
+    return ConvPlan(spec, block, isa.wide, channels, segments, tiles, tiles_per_task,
+                    channels_outer, isa.lane_operand, bool(isa.multiply_add), together(isa), tight,
+                    by_row)  # fmt: skip
 
 
 def unrolled_columns(spec: ConvSpec) -> int:
@@ -230,7 +226,6 @@ def cost(conv: ConvPlan, isa: Isa, *, plain: bool = False) -> float:
     spec = conv.spec
     depth = spec.icg * spec.kernel[0] * spec.kernel[1]
     width = conv.channels.size * conv.block
-    registers = width // isa.lanes() - 0.5 * conv.half
     far = depth * width * 4 > _PANEL_BYTES
     whole = used = 0.0
     for segment in conv.segments:
@@ -241,7 +236,7 @@ def cost(conv: ConvPlan, isa: Isa, *, plain: bool = False) -> float:
         def column(pixels: int, far_lines: bool = far_lines) -> float:
             if pixels == 0:
                 return 0.0
-            step = step_time(registers, pixels, isa)
+            step = step_time(conv.channels.size, pixels, isa)
             if far:
                 step = max(step, width * 4 / _SECOND_LEVEL_BYTES) + _FAR
             return step + (_FAR_LINES if far_lines else 0.0)

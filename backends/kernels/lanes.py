@@ -32,39 +32,48 @@ class Tap:
     column: int
 
 
+def vectors_of(width: int, wide: int) -> list[tuple[int, int]]:
+    """(first, count) of the vectors of so many channels, the last one narrower perhaps.
+
+    What touches accumulators before their products are complete takes them so, all of it: LLVM
+    keeps them in registers as they are accessed.
+    """
+    return [(first, min(wide, width - first)) for first in range(0, width, wide)]
+
+
 def multiply(
-    acc: Any, weights: Any, base: Expr, block: int, pixels: Sequence[int], vectors: int,
-    x: Callable[[int], Expr], in_place: bool = False, last: int = 0,
+    acc: Any, weights: Any, base: Expr, width: int, wide: int, pixels: Sequence[int],
+    x: Callable[[int], Expr], in_place: bool = False,
 ) -> None:  # fmt: skip
     """Multiply and add one channel of some pixels of a tile; its weights begin at `base`.
 
-    Of the last vector only the first `last` lanes are used, if that is not 0.
+    The tile has `width` output channels, of which `wide` are computed as one.
+
     `in_place` says that there is `Isa.multiply_add`. Tiles of one vector use it: 8×13 ran at 50 to
     72 GFLOP/s without, and at 75 to 89 with it. For wider ones LLVM's own order is better.
     """
     for p in pixels:
         value = x(p)
-        if in_place and vectors == 1:
-            slot = tirx.Ramp(p * block, 1, block)
-            row = weights[tirx.Ramp(base, 1, block)]
-            T.buffer_store(acc, multiply_add(value, row, acc[slot], block), [slot])
+        if in_place and width == wide:
+            slot = tirx.Ramp(p * wide, 1, wide)
+            row = weights[tirx.Ramp(base, 1, wide)]
+            T.buffer_store(acc, multiply_add(value, row, acc[slot], wide), [slot])
             continue
-        for v in range(vectors):
-            lanes = last if last and v == vectors - 1 else block
-            with T.vectorized(0, lanes) as lane:
-                slot = (p * vectors + v) * block + lane
-                T.buffer_store(acc, acc[slot] + value * weights[base + v * block + lane], [slot])
+        for first, count in vectors_of(width, wide):
+            with T.vectorized(0, count) as lane:
+                slot = p * width + first + lane
+                T.buffer_store(acc, acc[slot] + value * weights[base + first + lane], [slot])
 
 
 def multiply_by_lanes(
-    acc: Any, weights: Any, base: Expr, width: int, block: int, pixels: Sequence[int], vectors: int,
+    acc: Any, weights: Any, base: Expr, apart: int, width: int, wide: int, pixels: Sequence[int],
     x: Callable[[int, Expr], Expr],
 ) -> None:  # fmt: skip
     """Multiply and add four channels, for instruction sets that multiply by one lane of a vector.
 
     One load takes all four of a pixel; on its own LLVM would load them one by one. `x` gives a
     pixel's input by channel, counted from the first of the four, whose weights begin at `base`,
-    `width` of them for each.
+    those of the next one `apart` floats on.
     """
     inputs = T.alloc_buffer(((pixels[-1] + 1) * QUAD,), "float32", scope="local")
     for p in pixels:
@@ -75,11 +84,11 @@ def multiply_by_lanes(
         return inputs[p * QUAD + c]
 
     for c in range(QUAD):
-        multiply(acc, weights, base + c * width, block, pixels, vectors, partial(channel, c))
+        multiply(acc, weights, base + c * apart, width, wide, pixels, partial(channel, c))
 
 
 def multiply_row(
-    acc: Any, weights: Any, base: Expr, width: int, block: int, taps: Sequence[Tap], vectors: int,
+    acc: Any, weights: Any, base: Expr, width: int, wide: int, taps: Sequence[Tap],
     x: Callable[[Expr], Expr],
 ) -> None:  # fmt: skip
     """Multiply and add one row of the kernel for one channel of a plain image.
@@ -103,7 +112,7 @@ def multiply_row(
             places |= {start + lane: i * lanes + lane for lane in range(lanes)}
         for kernel_column, group in groupby(part, attrgetter("kernel_column")):
             at = {tap.pixel: places[tap.column] for tap in group}
-            multiply(acc, weights, base + kernel_column * width, block, [*at], vectors,
+            multiply(acc, weights, base + kernel_column * width, width, wide, [*at],
                      partial(_element, inputs, at))  # fmt: skip
 
 

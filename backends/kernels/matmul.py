@@ -46,7 +46,7 @@ def lower_matmul(request: Request) -> KernelSource | None:
     m, depth = 1 if row_vector else a_shape[-2], a_shape[-1]
     n = 1 if column_vector else b_shape[-1]
     lead = call.shape[: len(call.shape) - (not row_vector) - (not column_vector)]
-    isa = request.target.isa
+    isa = request.target.isa.widened()
     rows, (vectors,) = choose_rows(m, [(-(-n // isa.block), depth)], isa)
     panels = Panels(depth, n, isa.block, vectors)
     packs = m >= _BAND and _thrashes(panels, request.target.l1_bytes)
@@ -123,7 +123,7 @@ def lower_attention(request: Request) -> KernelSource | None:
     scale = call["scale"] if call["scale"] is not None else 1.0 / sqrt(depth)
     chosen = attention.plan(
         prod(lead), queries, keys, depth, width, float(scale), _adds(call), call["is_causal"],
-        request.target.isa, request.target.l2_bytes,
+        request.target.isa.widened(), request.target.l2_bytes,
     )  # fmt: skip
     order = _stored_order(request)
     repeat = 1

@@ -92,13 +92,12 @@ def choose_rows(rows: int, products: Sequence[tuple[int, int]], isa: Isa) -> tup
 
 def _vectors(rows: int, blocks: int, isa: Isa) -> tuple[float, int] | None:
     """(cycles of one step over all columns, vectors of a tile) for tiles of so many rows."""
-    registers = max(1, isa.block // isa.lanes())
     times = []
     for vectors in range(1, min(blocks, _MOST_VECTORS) + 1):
-        if fits(registers * vectors, rows, isa):
+        if fits(vectors, rows, isa):
             full, rest = divmod(blocks, vectors)
-            time = full * step_time(registers * vectors, rows, isa)
-            time += step_time(registers * rest, rows, isa) if rest else 0.0
+            time = full * step_time(vectors, rows, isa)
+            time += step_time(rest, rows, isa) if rest else 0.0
             times.append((round(time, 6), vectors))
     return min(times, default=None)
 

@@ -76,7 +76,7 @@ def plan(
     keeps_cell: bool, target: Target,
 ) -> RecurrentPlan:  # fmt: skip
     """Choose tiles and tasks."""
-    isa = target.isa
+    isa = target.isa.widened()
     blocks = -(-hidden // isa.block)
     columns = [blocks * gates for gates in phases]
     rows, vectors = choose_rows(batch, [(each, hidden) for each in columns], isa)

@@ -15,7 +15,7 @@ _LOADS = 1.7
 """Loads per cycle that kernels reach in practice: 8×9 to 8×13 tiles, a load and more for each
 multiply-add, run at 0.75 to 0.88 of the peak where 16×4 and 16×6 run at 0.98."""
 _MOST_CHANNELS = 64
-"""Channels of a tile whose blocks are small; never less than eight blocks."""
+"""Channels of a tile whose vectors are small; never less than eight vectors."""
 TOGETHER = 4
 """Vectors of results, which leave a few registers for each. Elementwise functions are long chains
 of dependent instructions: one after the other they wait in the processor's queues."""
@@ -79,27 +79,20 @@ def most_apart(apart: int, way_bytes: int, ways: int) -> int:
     return min(MOST_PIXELS, max(_FEWEST_APART, together))
 
 
-def is_half(channels: int, isa: Isa) -> bool:
-    """Whether so many channels leave half a vector of their last block unused, and it is saved."""
-    return isa.halves and isa.block == isa.lanes() and 0 < channels % isa.block <= isa.block // 2
-
-
 @lru_cache(maxsize=4096)
 def best_tiles(
-    blocks: int, pixels: int, isa: Isa, block: int, most: int = MOST_PIXELS, half: bool = False
+    blocks: int, pixels: int, isa: Isa, block: int, most: int = MOST_PIXELS
 ) -> tuple[Tile, ...]:
     """A few tiles of least estimated time, the best first; of those that cut alike, one.
 
     A tile's time per multiply-add step is bounded by its multiply-adds, its loads (weights and one
     broadcast per pixel) and the latency of the dependent adds; tiles must fit the registers, and
-    have `most` pixels. `half` says that half a block is saved in tiles of all blocks.
+    have `most` pixels.
     """
-    width = max(1, block * 4 // isa.vector_bytes)
     found: dict[tuple[int, int], tuple[float, int, int, int]] = {}
-    for vectors in range(1, min(blocks, max(8, _MOST_CHANNELS // block)) + 1):
+    for vectors in range(1, min(blocks, max(8 * isa.wide, _MOST_CHANNELS) // block) + 1):
         for tile_pixels in range(1, min(pixels, most) + 1):
-            # LLVM spills where half vectors leave no register free.
-            if not fits(width * vectors, tile_pixels + half, isa):
+            if not fits(vectors, tile_pixels, isa):
                 continue
             time = 0.0
             rows, columns = split(blocks, vectors), split(pixels, tile_pixels)
@@ -108,8 +101,7 @@ def best_tiles(
                     (columns.size, columns.large),
                     (columns.size - 1, columns.count - columns.large),
                 ):
-                    saved = 0.5 * (half and rows.count == 1)
-                    time += nv * np_ * step_time(width * v - saved, p, isa)
+                    time += nv * np_ * step_time(v, p, isa)
             # Of equal tiles, the one that needs fewer registers for its inputs.
             order = tile_pixels if isa.lane_operand else -tile_pixels
             candidate = (round(time, 6), order, vectors, tile_pixels)
@@ -133,20 +125,25 @@ def together(isa: Isa) -> int:
     return max(1, TOGETHER * isa.lanes() // isa.block)
 
 
-def fits(vector_registers: int, pixels: int, isa: Isa) -> bool:
+def fits(blocks: int, pixels: int, isa: Isa) -> bool:
     """Whether a tile's accumulators, one step's weights and its inputs stay in registers."""
+    vectors, half = divmod(blocks * isa.block, isa.lanes())
+    if half:
+        # LLVM spills where vectors of two widths leave no register free.
+        vectors, pixels = vectors + 1, pixels + 1
     # With multiply-adds by lane the compiler loads each pixel's next inputs as a vector.
     inputs = pixels if isa.lane_operand else 1
     # With every register taken (24×4 on AVX2) kernels lost a quarter of their speed.
     spare = 1 if isa.fma else 2
-    return vector_registers * (pixels + 1) + inputs + spare <= isa.registers
+    return vectors * (pixels + 1) + inputs + spare <= isa.registers
 
 
-def step_time(vector_registers: float, pixels: int, isa: Isa) -> float:
+def step_time(blocks: int, pixels: int, isa: Isa) -> float:
     """Cycles one step of the reduction takes on a tile, by the tightest bound."""
-    multiply_adds = vector_registers * pixels * (1 if isa.fma else 2)
+    vectors = blocks * isa.block / isa.lanes()
+    multiply_adds = vectors * pixels * (1 if isa.fma else 2)
     broadcasts = pixels / 4 if isa.lane_operand else pixels
     # A vector that the core computes one of per cycle it loads one of, too.
-    loads = vector_registers * 2 / isa.multiply_adds + broadcasts
+    loads = vectors * 2 / isa.multiply_adds + broadcasts
     # A small overhead per step keeps equal bounds apart: fewer, larger tiles amortize the loop.
     return max(multiply_adds / isa.multiply_adds, loads / _LOADS, _FMA_LATENCY) + 0.3

@@ -72,7 +72,8 @@ class Turned:
 
 def find_turned(request: Request) -> Turned | None:
     """The permutation to transpose in registers, if it alone moves the map's last axis."""
-    out, lanes = request.spec(request.root), request.target.isa.lanes()
+    out, isa = request.spec(request.root), request.target.isa
+    lanes = min(isa.block, isa.lanes())
     if len(out.shape) < 2:
         return None
     found, is_blocked = None, False

@@ -38,7 +38,7 @@ from graphopt.backends.kernels.builder import (
     unflatten,
 )
 from graphopt.backends.kernels.conv_spec import Accessors
-from graphopt.backends.kernels.lanes import multiply, multiply_by_lanes
+from graphopt.backends.kernels.lanes import multiply, multiply_by_lanes, vectors_of
 from graphopt.backends.kernels.tiling import LINE, TOGETHER, split
 from graphopt.backends.kernels.winograd_plan import WinogradPlan
 from graphopt.backends.kernels.winograd_transforms import transforms, two_sided
@@ -268,7 +268,7 @@ def _product(
     place: Expr, part: Expr, first: Expr, pixels: int, piece: Expr, pieces: int,
 ) -> None:  # fmt: skip
     """One register tile: some tiles of the image by a channel tile, over a part of the depth."""
-    spec, block, vectors, width = conv.spec, conv.block, conv.vectors, conv.width
+    spec, block, width = conv.spec, conv.block, conv.width
     full, rest = divmod(spec.icg, block)
     parts = conv.depth_parts
     origin = panel * (spec.icg // parts * width)
@@ -276,12 +276,10 @@ def _product(
 
     def each_slot(body: Any) -> None:
         for p in range(pixels):
-            for v in range(vectors):
-                with T.vectorized(0, block) as lane:
-                    body(
-                        (p * vectors + v) * block + lane,
-                        [j, place, (first + p) * width + v * block + lane],
-                    )
+            for start, count in vectors_of(width, conv.wide):
+                with T.vectorized(0, count) as lane:
+                    at = (first + p) * width + start + lane
+                    body(p * width + start + lane, [j, place, at])
 
     def clear() -> None:
         each_slot(lambda slot, place_: T.buffer_store(acc, f32(0.0), [slot]))
@@ -304,14 +302,14 @@ def _product(
         return origin + (number * block + ci) * width
 
     def step(number: Expr, ci: Expr) -> None:
-        multiply(acc, weights, row(number, ci), block, range(pixels), vectors,
+        multiply(acc, weights, row(number, ci), width, conv.wide, range(pixels),
                  lambda p: x(number, p, ci), conv.in_place)  # fmt: skip
 
     def four(number: Expr, ci: Expr) -> None:
         if conv.by_lane:
             # As in `conv_direct`: LLVM would load two fours at once, and spill.
             barrier()
-            multiply_by_lanes(acc, weights, row(number, ci), width, block, range(pixels), vectors,
+            multiply_by_lanes(acc, weights, row(number, ci), width, width, conv.wide, range(pixels),
                               lambda p, lane: x(number, p, ci + lane))  # fmt: skip
             return
         for c in range(4):

@@ -26,9 +26,8 @@ _NOT_HIDDEN = 0.25
 """Share of the shorter one that the products and their data's way do not overlap."""
 _INTO = 1.3, 0.33
 _BACK = 4.2, 0.8
-"""Cycles of a transform for a vector of channels, two of which a core multiplies and adds per
-cycle, by place and by operation: fitted, as are the next two, to 250 kernels of 8 to 2,048
-channels, whose times they give to 11 % on average."""
+"""Cycles of a transform for a vector of channels, by place and by operation: fitted, as are the
+next two, to 250 kernels of 8 to 2,048 channels, whose times they give to 11 % on average."""
 _START = 5600
 """Cycles of a kernel besides."""
 _PLACE = 270
@@ -81,6 +80,7 @@ class WinogradPlan:
         spec: the convolution.
         m: rows and columns of outputs of a tile.
         block: channels per block.
+        wide: channels that products compute as one; see `Isa`.
         lanes: channels transformed together.
         grid: rows and columns of tiles in one phase of an image. A dilated convolution is one of
             its own for every phase, which are the pixels that are a dilation apart.
@@ -101,6 +101,7 @@ class WinogradPlan:
     spec: ConvSpec
     m: tuple[int, int]
     block: int
+    wide: int
     lanes: int
     grid: tuple[int, int]
     cut: Split
@@ -331,9 +332,9 @@ def _candidates(spec: ConvSpec, isa: Isa, l2_bytes: int) -> Iterator[WinogradPla
             at_once = max(k for k in range(1, most + 1) if per_group % k == 0)
             for cut, images in sorted(cuts, key=lambda c: (c[0].size, c[1])):
                 yield WinogradPlan(
-                    spec, m, block, min(block, isa.lanes()), (rows, columns), cut, images, vectors,
-                    pixels, at_once, groups, isa.panel_bytes // 3, streams, isa.lane_operand,
-                    bool(isa.multiply_add),
+                    spec, m, block, isa.wide, min(block, isa.lanes()), (rows, columns), cut, images,
+                    vectors, pixels, at_once, groups, isa.panel_bytes // 3, streams,
+                    isa.lane_operand, bool(isa.multiply_add),
                 )  # fmt: skip
 
 
@@ -367,15 +368,14 @@ def _tiles(kernel: tuple[int, int]) -> list[tuple[int, int]]:
 
 def _register_tile(blocks: int, isa: Isa) -> tuple[int, int]:
     """Vectors and pixels of the fastest register tile whose vectors divide the blocks."""
-    width = max(1, isa.block * 4 // isa.vector_bytes)
     best: tuple[float, int, int] | None = None
     for vectors in range(min(4, blocks), 0, -1):
         if blocks % vectors:
             continue
         for pixels in range(1, 17):
-            if not fits(width * vectors, pixels, isa):
+            if not fits(vectors, pixels, isa):
                 break
-            time = step_time(width * vectors, pixels, isa) / (vectors * pixels)
+            time = step_time(vectors, pixels, isa) / (vectors * pixels)
             if best is None or time < best[0]:
                 best = (time, vectors, pixels)
     assert best is not None
@@ -385,13 +385,11 @@ def _register_tile(blocks: int, isa: Isa) -> tuple[int, int]:
 def cost(conv: WinogradPlan, isa: Isa, l2_bytes: int) -> float:
     """Estimated cycles of one core: products or their data's way, and both transforms."""
     spec = conv.spec
-    lanes = isa.lanes()
-    width = max(1, conv.block // lanes)
     steps = 0.0
     for each in conv.classes:
         pieces = split(conv.tiles_of(each), conv.pixels)
         for pixels, _, _, count in pieces.kinds():
-            steps += len(each.places) * count * step_time(width * conv.vectors, pixels, isa)
+            steps += len(each.places) * count * step_time(conv.vectors, pixels, isa)
     products = conv.cut.count * spec.icg * conv.out_tiles * steps
 
     channels = conv.out_tiles * conv.width
@@ -410,9 +408,8 @@ def cost(conv: WinogradPlan, isa: Isa, l2_bytes: int) -> float:
     into = _INTO[0] * places + _INTO[1] * operations(down, along)
     back = _BACK[0] * places + _BACK[1] * operations(back_down, back_along)
     hidden = max(products, traffic) + _NOT_HIDDEN * min(products, traffic)
-    slower = 2 / isa.multiply_adds
-    into *= slower * tiles * conv.in_blocks * width * conv.groups
-    back *= slower * tiles * channels / lanes
+    into *= tiles * conv.in_blocks * (conv.block // conv.lanes) * conv.groups
+    back *= tiles * channels / conv.lanes
     return hidden + into + back + _START + _PLACE * conv.places
 
 
