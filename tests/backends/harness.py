@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import fx
 from graphopt import graph as G
 from graphopt.backends.codegen import compile_kernels
 from graphopt.backends.lower import lower
-from graphopt.backends.target import Target, get_target
+from graphopt.backends.target import Target, cpu_flags, get_target, has_features
 from graphopt.program.ir import Program
 from graphopt.runtime.artifact import build_artifact
 from graphopt.runtime.load import load
@@ -84,11 +85,23 @@ class Builder:
         return self.gm
 
 
+def runnable(target: str | Target) -> Target:
+    """The target; for x86-64-v4 where there is no AVX-512, its blocks and tiles for AVX2.
+
+    LLVM halves the vectors then, so that what is made for AVX-512 runs on every machine: QEMU does
+    not emulate it.
+    """
+    chosen = get_target(target)
+    if chosen.name != "x86-64-v4" or has_features(chosen.features, cpu_flags()):
+        return chosen
+    return replace(chosen, features=get_target("x86-64-v3").features)
+
+
 def compile_and_run(
     gm: fx.GraphModule, inputs: list[torch.Tensor], target: str | Target = "host", threads: int = 1
 ) -> tuple[Program, list[np.ndarray]]:
     """Lower, build, load and run; gives the program and the outputs."""
-    chosen = get_target(target)
+    chosen = runnable(target)
     program = lower(gm, chosen, "sample")
     kernels = compile_kernels(program, chosen)
     with tempfile.TemporaryDirectory() as folder:

@@ -16,20 +16,20 @@ from graphopt.backends.target import Target, get_target
 from tests.backends.harness import Builder, aten, check, origins
 
 
-def _without_cache(name: str = "host") -> Target:
+def _without_cache(name: str) -> Target:
     """A target on which hardly any weights fit the second-level cache."""
     return dataclasses.replace(get_target(name), l2_bytes=64)
 
 
 @settings(max_examples=6, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(
-    st.integers(1, 2), st.sampled_from([16, 24, 64]), st.integers(17, 60),
+    st.integers(1, 2), st.sampled_from([2, 3, 8]), st.integers(17, 60),
     st.tuples(st.integers(3, 9), st.integers(3, 9)), st.sampled_from([(1, 1), (3, 3), (2, 3)]),
     st.sampled_from([(1, 1), (2, 2), (1, 2)]), st.integers(0, 2), st.integers(1, 2),
     st.sampled_from([64, 1024, 12288]), st.sampled_from([7, 30, 256]),
 )  # fmt: skip
 def test_any_convolution(
-    batch: int, channels: int, out: int, size: tuple[int, int], kernel: tuple[int, int],
+    batch: int, blocks: int, out: int, size: tuple[int, int], kernel: tuple[int, int],
     stride: tuple[int, int], padding: int, dilation: int, panel: int, most_pixels: int,
 ) -> None:  # fmt: skip
     """Odd sizes, ragged channels, several parts and blocks of pixels, an epilogue with operands."""
@@ -38,14 +38,16 @@ def test_any_convolution(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(conv_deep_plan, "_PANEL_BYTES", panel)
         patch.setattr(conv_deep_plan, "_MOST_PIXELS", most_pixels)
+        patch.setattr(conv_deep_plan, "_few", lambda *_: 0)
         patch.setattr(conv_direct_plan, "cost", lambda *_, **__: float("inf"))
         patch.setattr(winograd_plan, "supports", lambda *_: False)
         b = Builder(height)
+        channels = blocks * get_target("host").isa.block
         x = b.conv(b.input(b.random(batch, 3, height, width)), channels, (1, 1))
         y = b.conv(x, out, kernel, stride=list(stride), padding=padding, dilation=dilation)
         z = b.op(aten.add.Tensor, b.op(aten.silu.default, y), y)
         b.returns(b.conv(z, 4, (1, 1)))
-        program = check(b, tolerance=1e-5, target=_without_cache())
+        program = check(b, tolerance=1e-5)
     rows, columns = program.buffers[program.steps[1].writes[0]].shape[2:]
     assert (origins(program)[1] == "conv_deep") == (rows * columns >= 4)
 
@@ -60,7 +62,7 @@ def test_patches_of_a_plain_image(
     monkeypatch.setattr(conv_deep_plan, "_MOST_PIXELS", 7)
     monkeypatch.setattr(conv_direct_plan, "cost", lambda *_, **__: float("inf"))
     b = Builder(0)
-    x = b.input(b.random(2, 4, 3 * kernel[0] + 1, 4 * kernel[1] + kernel[1] // 2))
+    x = b.input(b.random(2, 8, 3 * kernel[0] + 1, 4 * kernel[1] + kernel[1] // 2))
     y = b.op(aten.relu.default, b.conv(x, 21, kernel, stride=list(kernel)))
     b.returns(b.conv(y, 4, (1, 1)), y)
     program = check(b, target=_without_cache(target), tolerance=5e-6)
@@ -138,11 +140,13 @@ def test_few_weights_where_one_block_holds_all_pixels() -> None:
     assert deep(192, 64, 784) is None
 
 
-@pytest.mark.parametrize(("target", "threads"), [("host", 2), ("arm", 1)])
-def test_blocks_of_two_sizes_shared_by_tasks(target: str, threads: int) -> None:
+@pytest.mark.parametrize(
+    ("target", "threads", "out"), [("x86-64-v3", 2, 48), ("x86-64-v4", 2, 96), ("arm", 1, 48)]
+)
+def test_blocks_of_two_sizes_shared_by_tasks(target: str, threads: int, out: int) -> None:
     b = Builder(3)
     x = b.conv(b.input(b.random(1, 3, 13, 13)), 384, (1, 1))
-    y = b.op(aten.relu.default, b.conv(x, 48, (1, 1)))
+    y = b.op(aten.relu.default, b.conv(x, out, (1, 1)))
     b.returns(b.conv(b.op(aten.add.Tensor, y, y), 4, (1, 1)))
     program = check(b, target=target, threads=threads, tolerance=5e-6)
     assert origins(program)[1] == "conv_deep"
@@ -155,7 +159,7 @@ def test_rows_of_pixels_of_an_image(target: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(conv_deep_plan, "_PANEL_BYTES", 1024)
     monkeypatch.setattr(conv_direct_plan, "cost", lambda *_, **__: float("inf"))
     b = Builder(4)
-    x = b.op(aten.relu.default, b.conv(b.input(b.random(2, 3, 13, 11)), 24, (1, 1)))
+    x = b.op(aten.relu.default, b.conv(b.input(b.random(2, 3, 13, 11)), 48, (1, 1)))
     y, z = (b.conv(x, 29, (3, 3), stride=2, padding=1) for _ in range(2))
     other = b.input(b.random(*G.shape(y)))
     b.returns(b.op(aten.silu.default, y), b.op(aten.add.Tensor, z, other))
@@ -205,8 +209,8 @@ def test_gathered_blocks_of_two_sizes(target: str, monkeypatch: pytest.MonkeyPat
     b = Builder(5)
     image = b.input(b.random(2, 16, 15, 13))
     x = b.op(aten.relu.default, b.conv(b.input(b.random(2, 3, 29, 25)), 16, (1, 1)))
-    y = b.op(aten.silu.default, b.conv(x, 40, (3, 3), stride=2, padding=1))
-    z = b.op(aten.relu.default, b.conv(image, 40, (1, 1)))
+    y = b.op(aten.silu.default, b.conv(x, 48, (3, 3), stride=2, padding=1))
+    z = b.op(aten.relu.default, b.conv(image, 48, (1, 1)))
     b.returns(b.conv(b.op(aten.add.Tensor, y, z), 8, (1, 1)))
     program = check(b, target=_without_cache(target), tolerance=5e-6)
     assert origins(program).count("conv_deep") == 3

@@ -15,6 +15,8 @@ from graphopt.program.memory import lifetimes_of, round_up
 from tests.backends.harness import Builder, aten, check
 
 HOST = get_target("host")
+TARGETS = ("x86-64-v3", "x86-64-v4", "arm")
+"""With blocks of 8 and of 16 channels."""
 
 
 def residual_network() -> Builder:
@@ -271,14 +273,14 @@ def test_what_the_caller_gets_is_not_read_by_blocked_kernels() -> None:
     assert not owned & {name for step in program.steps for name in step.reads}
 
 
-def concatenating() -> Builder:
+def concatenating(block: int) -> Builder:
     """Concatenations in place, nested, one the beginning of another, and some that cannot be."""
     b = Builder(5)
-    x = b.conv(b.input(b.random(1, 3, 8, 8)), 16, (3, 3), padding=1)
-    y = b.conv(x, 8, (3, 3), padding=1)
-    z = b.op(aten.relu.default, b.conv(b.op(aten.cat.default, [x, y], 1), 16, (1, 1)))
-    w = b.conv(b.op(aten.cat.default, [x, y, z], 1), 8, (1, 1))
-    inner = b.op(aten.cat.default, [w, b.conv(w, 24, (1, 1))], 1)
+    x = b.conv(b.input(b.random(1, 3, 8, 8)), 2 * block, (3, 3), padding=1)
+    y = b.conv(x, block, (3, 3), padding=1)
+    z = b.op(aten.relu.default, b.conv(b.op(aten.cat.default, [x, y], 1), 2 * block, (1, 1)))
+    w = b.conv(b.op(aten.cat.default, [x, y, z], 1), block, (1, 1))
+    inner = b.op(aten.cat.default, [w, b.conv(w, 3 * block, (1, 1))], 1)
     outer = b.op(aten.cat.default, [inner, b.op(aten.sigmoid.default, z)], 1)
     shuffled = b.op(aten.cat.default, [z, y], 1)
     ragged = b.op(aten.cat.default, [b.conv(w, 12, (1, 1)), b.conv(w, 5, (1, 1))], 1)
@@ -287,9 +289,10 @@ def concatenating() -> Builder:
     return b
 
 
-@pytest.mark.parametrize("target", ["host", "arm"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_concatenates_in_place(target: str) -> None:
-    program = check(concatenating(), tolerance=1e-5, threads=2, target=target)
+    block = get_target(target).isa.block
+    program = check(concatenating(block), tolerance=1e-5, threads=2, target=target)
     copies = [step.ops for step in program.steps if "cat" in step.ops]
     # Those whose parts are needed in two orders, or do not end with a block.
     assert len(copies) == 2
@@ -302,38 +305,40 @@ def test_concatenates_in_place(target: str) -> None:
     assert len(pieces) == 8
 
 
-def slicing() -> Builder:
+def slicing(block: int) -> Builder:
     """Slices of plain and blocked tensors that are read in place, and some that cannot be."""
     b = Builder(6)
-    x = b.op(aten.relu.default, b.conv(b.input(b.random(1, 3, 8, 8)), 32, (3, 3), padding=1))
+    half, double, whole = block // 2, 2 * block, 4 * block
+    x = b.op(aten.relu.default, b.conv(b.input(b.random(1, 3, 8, 8)), whole, (3, 3), padding=1))
     # In place, both halves, one of them twice; the whole is read later.
-    first, last = (b.op(aten.slice.Tensor, x, 1, *ends) for ends in ((0, 16), (-16, 99)))
-    quarter = b.op(aten.slice.Tensor, first, 1, 8, 16)
-    y = b.conv(b.op(aten.relu.default, b.conv(first, 16, (3, 3), padding=1)), 8, (1, 1))
+    first, last = (b.op(aten.slice.Tensor, x, 1, *ends) for ends in ((0, double), (-double, 99)))
+    quarter = b.op(aten.slice.Tensor, first, 1, block, double)
+    y = b.conv(b.op(aten.relu.default, b.conv(first, double, (3, 3), padding=1)), block, (1, 1))
     z = b.op(aten.max_pool2d.default, last, [2, 2], [2, 2], [0, 0], [1, 1], False)
-    joined = b.op(aten.cat.default, [y, b.conv(quarter, 8, (1, 1))], 1)
+    joined = b.op(aten.cat.default, [y, b.conv(quarter, block, (1, 1))], 1)
     # Of a concatenation in place; plain, after a shuffle.
-    half = b.op(aten.slice.Tensor, joined, 1, 8, 16)
-    shuffled = b.op(aten.permute.default, b.op(aten.reshape.default, x, [1, 2, 16, 8, 8]),
+    last_of_it = b.op(aten.slice.Tensor, joined, 1, block, double)
+    shuffled = b.op(aten.permute.default, b.op(aten.reshape.default, x, [1, 2, double, 8, 8]),
                     [0, 2, 1, 3, 4])  # fmt: skip
-    plain = b.op(aten.reshape.default, shuffled, [1, 32, 8, 8])
-    upper = b.op(aten.slice.Tensor, plain, 1, 16, 32)
-    lower_half = b.op(aten.slice.Tensor, plain, 1, 0, 16)
+    plain = b.op(aten.reshape.default, shuffled, [1, whole, 8, 8])
+    upper = b.op(aten.slice.Tensor, plain, 1, double, whole)
+    lower_half = b.op(aten.slice.Tensor, plain, 1, 0, double)
     # Not in place: amid a block, along a row, with a step, a small part of the whole.
-    amid = b.op(aten.slice.Tensor, x, 1, 4, 28)
+    amid = b.op(aten.slice.Tensor, x, 1, half, whole - half)
     rows = b.op(aten.slice.Tensor, plain, 2, 2, 8)
-    step = b.op(aten.slice.Tensor, x, 1, 0, 32, 2)
-    small = b.op(aten.slice.Tensor, joined, 1, 0, 4)
+    step = b.op(aten.slice.Tensor, x, 1, 0, whole, 2)
+    small = b.op(aten.slice.Tensor, joined, 1, 0, half)
     b.returns(
-        *(b.conv(node, 4, (1, 1)) for node in (z, half, upper, amid, rows, step, small)),
+        *(b.conv(node, 4, (1, 1)) for node in (z, last_of_it, upper, amid, rows, step, small)),
         b.op(aten.add.Tensor, lower_half, 1.0), b.op(aten.sub.Tensor, x, 1.0),
     )  # fmt: skip
     return b
 
 
-@pytest.mark.parametrize("target", ["host", "arm"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_slices_are_read_in_place(target: str) -> None:
-    program = check(slicing(), tolerance=1e-5, threads=2, target=target)
+    block = get_target(target).isa.block
+    program = check(slicing(block), tolerance=1e-5, threads=2, target=target)
     copies = [step for step in program.steps if "slice" in step.ops and "add" not in step.ops]
     assert len(copies) == 4
     assert overlaps(program) == []

@@ -229,8 +229,8 @@ def test_lanes_of_four_channels() -> None:
 @pytest.mark.parametrize(
     ("target", "threads", "groups", "wide", "out"),
     [
-        ("host", 2, 2, 16, 24), ("host", 1, 3, 8, 8), ("arm", 1, 2, 16, 8),
-        ("x86-64-v2", 1, 2, 8, 16),
+        ("x86-64-v3", 2, 2, 16, 24), ("x86-64-v3", 1, 3, 8, 8), ("x86-64-v4", 2, 2, 32, 48),
+        ("x86-64-v4", 1, 3, 16, 16), ("arm", 1, 2, 16, 8), ("x86-64-v2", 1, 2, 8, 16),
     ],
 )  # fmt: skip
 def test_groups(

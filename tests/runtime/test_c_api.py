@@ -58,9 +58,9 @@ def test_run_allocates_nothing(host_rows: Artifact, tmp_path: Path, threads: str
 
 @pytest.mark.parametrize("threads", ["1", "2"])
 def test_a_thousand_contexts_leak_nothing(
-    host_rows: Artifact, tmp_path: Path, threads: str
+    plain_rows: Artifact, tmp_path: Path, threads: str
 ) -> None:
-    program = compile_check(host_rows, "check_use.c", tmp_path / "use")
+    program = compile_check(plain_rows, "check_use.c", tmp_path / "use")
     valgrind = tool("valgrind", "valgrind")
     text = output_of(valgrind, "--error-exitcode=9", "--leak-check=full", "--show-leak-kinds=all",
                      program, "cycle", threads, "1000")  # fmt: skip

@@ -30,12 +30,12 @@ from graphopt.runtime.load import EmulatedModel, load
 
 @pytest.mark.parametrize("threads", [None, 1, 3])
 def test_devices_give_the_reference(
-    host_rows: Artifact, arm_rows: Artifact, threads: int | None
+    host_rows: Artifact, plain_rows: Artifact, arm_rows: Artifact, threads: int | None
 ) -> None:
     inputs = rows_inputs(3)
     expected = rows_reference(*inputs)
     pairs: list[tuple[Device, Artifact]] = [
-        (LocalDevice(), host_rows), (EmulatorDevice(), host_rows), (EmulatorDevice(), arm_rows)
+        (LocalDevice(), host_rows), (EmulatorDevice(), plain_rows), (EmulatorDevice(), arm_rows)
     ]  # fmt: skip
     for device, artifact in pairs:
         outputs = device.run(artifact.folder, inputs, threads=threads)
