@@ -21,6 +21,11 @@ def _without_cache(name: str) -> Target:
     return dataclasses.replace(get_target(name), l2_bytes=64)
 
 
+def _with_panels(target: Target, panel_bytes: int) -> Target:
+    """The target with panels of weights of at most so many bytes."""
+    return dataclasses.replace(target, isa=dataclasses.replace(target.isa, panel_bytes=panel_bytes))
+
+
 @settings(max_examples=6, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(
     st.integers(1, 2), st.sampled_from([2, 3, 8]), st.integers(17, 60),
@@ -36,7 +41,6 @@ def test_any_convolution(
     reach = [(k - 1) * dilation + 1 - 2 * padding for k in kernel]
     height, width = (max(n, r) for n, r in zip(size, reach, strict=True))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conv_deep_plan, "_PANEL_BYTES", panel)
         patch.setattr(conv_deep_plan, "_MOST_PIXELS", most_pixels)
         patch.setattr(conv_deep_plan, "_few", lambda *_: 0)
         patch.setattr(conv_direct_plan, "cost", lambda *_, **__: float("inf"))
@@ -47,7 +51,7 @@ def test_any_convolution(
         y = b.conv(x, out, kernel, stride=list(stride), padding=padding, dilation=dilation)
         z = b.op(aten.add.Tensor, b.op(aten.silu.default, y), y)
         b.returns(b.conv(z, 4, (1, 1)))
-        program = check(b, tolerance=1e-5)
+        program = check(b, target=_with_panels(get_target("host"), panel), tolerance=1e-5)
     rows, columns = program.buffers[program.steps[1].writes[0]].shape[2:]
     assert (origins(program)[1] == "conv_deep") == (rows * columns >= 4)
 
@@ -58,14 +62,13 @@ def test_patches_of_a_plain_image(
     target: str, kernel: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Windows side by side, with columns left over; ragged channels, batches, several parts."""
-    monkeypatch.setattr(conv_deep_plan, "_PANEL_BYTES", 2048)
     monkeypatch.setattr(conv_deep_plan, "_MOST_PIXELS", 7)
     monkeypatch.setattr(conv_direct_plan, "cost", lambda *_, **__: float("inf"))
     b = Builder(0)
     x = b.input(b.random(2, 8, 3 * kernel[0] + 1, 4 * kernel[1] + kernel[1] // 2))
     y = b.op(aten.relu.default, b.conv(x, 21, kernel, stride=list(kernel)))
     b.returns(b.conv(y, 4, (1, 1)), y)
-    program = check(b, target=_without_cache(target), tolerance=5e-6)
+    program = check(b, target=_with_panels(_without_cache(target), 2048), tolerance=5e-6)
     assert origins(program)[0] == "conv_deep"
 
 
@@ -74,15 +77,15 @@ def test_patches_of_a_plain_image(
 def test_plain_images(target: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Channels of a plain image are turned into blocks first: batches, parts, pixels left over, and
     an output whose pixels are stored side by side."""
-    monkeypatch.setattr(conv_deep_plan, "_PANEL_BYTES", 1024)
     monkeypatch.setattr(conv_deep_plan, "_MOST_PIXELS", 21)
+    monkeypatch.setattr(conv_deep_plan, "_few", lambda *_: 0)
     monkeypatch.setattr(conv_direct_plan, "cost", lambda *_, **__: float("inf"))
     b = Builder(0)
     x = b.input(b.random(2, 48, *size))
     y = b.op(aten.relu.default, b.conv(x, 21, (1, 1)))
     z = b.op(aten.silu.default, b.conv(x, 29, (1, 1)))
     b.returns(b.conv(y, 4, (1, 1)), z, b.conv(x, 48, (1, 1)))
-    program = check(b, target=_without_cache(target), tolerance=5e-6)
+    program = check(b, target=_with_panels(_without_cache(target), 1024), tolerance=5e-6)
     assert origins(program).count("conv_deep") == 3, origins(program)
     assert all(program.buffers[name].layout == "plain" for name in ("y1", "y2"))
 
@@ -90,13 +93,14 @@ def test_plain_images(target: str, size: tuple[int, int], monkeypatch: pytest.Mo
 @pytest.mark.parametrize("target", ["host", "arm"])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_linear_in_parts(target: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conv_deep_plan, "_PANEL_BYTES", 2048)
     monkeypatch.setattr(conv_deep_plan, "_MOST_PIXELS", 40)
     b = Builder(0)
     x = b.input(b.random(1, 77, 96))
     y = b.op(aten.linear.default, x, b.constant(b.random(52, 96)), b.constant(b.random(52)))
     b.returns(b.op(aten.gelu.default, y))
-    program = check(b, target=_without_cache(target), threads=threads, tolerance=5e-6)
+    program = check(
+        b, target=_with_panels(_without_cache(target), 2048), threads=threads, tolerance=5e-6
+    )
     assert origins(program) == ["gemm_deep"]
 
 
@@ -156,14 +160,13 @@ def test_blocks_of_two_sizes_shared_by_tasks(target: str, threads: int, out: int
 @pytest.mark.parametrize("target", ["host", "arm"])
 def test_rows_of_pixels_of_an_image(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was gathered is stored in vectors of pixels that go over the ends of rows."""
-    monkeypatch.setattr(conv_deep_plan, "_PANEL_BYTES", 1024)
     monkeypatch.setattr(conv_direct_plan, "cost", lambda *_, **__: float("inf"))
     b = Builder(4)
     x = b.op(aten.relu.default, b.conv(b.input(b.random(2, 3, 13, 11)), 48, (1, 1)))
     y, z = (b.conv(x, 29, (3, 3), stride=2, padding=1) for _ in range(2))
     other = b.input(b.random(*G.shape(y)))
     b.returns(b.op(aten.silu.default, y), b.op(aten.add.Tensor, z, other))
-    program = check(b, target=_without_cache(target), tolerance=5e-6)
+    program = check(b, target=_with_panels(_without_cache(target), 1024), tolerance=5e-6)
     assert origins(program)[1:] == ["conv_deep", "conv_deep"]
 
 
@@ -204,7 +207,7 @@ def test_gathers_few_pixels_once() -> None:
 
 @pytest.mark.parametrize("target", ["host", "arm"])
 def test_gathered_blocks_of_two_sizes(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conv_deep_plan, "_PANEL_BYTES", 256)
+    monkeypatch.setattr(conv_deep_plan, "_few", lambda *_: 0)
     monkeypatch.setattr(conv_direct_plan, "cost", lambda *_, **__: float("inf"))
     b = Builder(5)
     image = b.input(b.random(2, 16, 15, 13))
@@ -212,7 +215,7 @@ def test_gathered_blocks_of_two_sizes(target: str, monkeypatch: pytest.MonkeyPat
     y = b.op(aten.silu.default, b.conv(x, 48, (3, 3), stride=2, padding=1))
     z = b.op(aten.relu.default, b.conv(image, 48, (1, 1)))
     b.returns(b.conv(b.op(aten.add.Tensor, y, z), 8, (1, 1)))
-    program = check(b, target=_without_cache(target), tolerance=5e-6)
+    program = check(b, target=_with_panels(_without_cache(target), 256), tolerance=5e-6)
     assert origins(program).count("conv_deep") == 3
     tasks = [step.tasks for step in program.steps if step.kernel.origin.startswith("conv_deep")]
     assert tasks[:2] == [2 * 4, 2 * 4], "195 pixels in four blocks"

@@ -164,13 +164,13 @@ def test_depthwise_two_rows_at_a_time(height: int, target: str) -> None:
     assert origins(program).count("depthwise") == len(cases)
 
 
-@pytest.mark.parametrize(("target", "channels"), [("x86-64-v3", 9), ("x86-64-v4", 17)])
-def test_depthwise_two_rows_in_many_tasks(target: str, channels: int) -> None:
+@pytest.mark.parametrize("target", ["x86-64-v3", "x86-64-v4"])
+def test_depthwise_two_rows_in_many_tasks(target: str) -> None:
     """More than one task for a block of an image, the last with a single row."""
     b = Builder(3)
-    x = b.conv(b.input(b.random(1, 3, 31, 40)), channels, (1, 1))
+    x = b.conv(b.input(b.random(1, 3, 31, 40)), 9, (1, 1))
     for stride in (1, 2):
-        y = b.conv(x, channels, (7, 7), stride=[1, stride], padding=3, groups=channels)
+        y = b.conv(x, 9, (7, 7), stride=[1, stride], padding=3, groups=9)
         b.returns(b.conv(b.op(aten.silu.default, y), 3, (1, 1)))
     program = check(b, target=target, threads=2, tolerance=5e-6)
     steps = [step for step in program.steps if step.kernel.origin.startswith("depthwise")]
@@ -475,8 +475,8 @@ def test_lanes_of_four_columns() -> None:
     assert sorted(origins(program)) == ["conv_direct"] * 11 + ["map"]
 
 
-def test_blocks_of_sixteen() -> None:
-    """AVX-512's layout and tiles, on every machine."""
+def test_vectors_of_two_blocks() -> None:
+    """AVX-512's tiles, on every machine: an odd number of blocks ends with half a vector."""
     b = Builder(10)
     x = b.input(b.random(2, 3, 29, 27))
     y = b.op(aten.relu.default, b.conv(x, 40, (3, 3), stride=2, padding=1))
@@ -486,7 +486,9 @@ def test_blocks_of_sixteen() -> None:
     b.returns(b.conv(w, 13, (1, 1)), b.conv(pooled, 19, (1, 1)))
     program = check(b, target="x86-64-v4", tolerance=1e-5)
     assert {"depthwise", "winograd"} <= set(origins(program))
-    assert "NCHW16c" in {buffer.layout for buffer in program.buffers.values()}
+    assert {"NCHW8c", "plain"} == {buffer.layout for buffer in program.buffers.values()}
+    described = {step.kernel.origin for step in program.steps}
+    assert any(origin.startswith("conv_direct 40×") for origin in described), described
 
 
 def test_sharing_one_kernel_between_equal_layers() -> None:
