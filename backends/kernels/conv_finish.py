@@ -86,13 +86,13 @@ def finish_pixels(
             value = sums[at(first + p) + v * block + lane]
             access.store(n, channel, *place(first + p), value)
 
-        places = [(p, v) for p in range(pixels) for v in range(vectors)]
+        places = [(p, v) for v in range(vectors) for p in range(pixels)]
         for start in range(0, len(places), together):
             with T.vectorized(0, block) as lane:
                 turn = places[start : start + together]
                 interleaved(partial(one, p, v, lane) for p, v in turn)
 
-    pixels = max(1, together // vectors)
+    pixels = together
     with T.serial(0, count // pixels) as i:
         some(i * pixels, pixels)
     if pixels > 1:

@@ -122,7 +122,7 @@ def places_of(sizes: dict[str, int]) -> dict[str, int]:
 
 def together(isa: Isa) -> int:
     """Blocks of channels whose long epilogue is computed in turn, a statement of each at a time."""
-    return max(1, TOGETHER * isa.lanes() // isa.block)
+    return max(1, TOGETHER * min(isa.block, isa.lanes()) // isa.block)
 
 
 def fits(blocks: int, pixels: int, isa: Isa) -> bool:

@@ -37,11 +37,14 @@ class Turned:
         node: the permutation; it has the output's shape.
         axis: the output's axis along which neighbours are neighbours in the operand's memory.
         lanes: floats of a vector.
+        is_blocked: whether neighbours of the operand are channels in blocks, of which there are
+            whole vectors.
     """
 
     node: fx.Node
     axis: int
     lanes: int
+    is_blocked: bool
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -76,7 +79,7 @@ def find_turned(request: Request) -> Turned | None:
     lanes = min(isa.block, isa.lanes())
     if len(out.shape) < 2:
         return None
-    found, is_blocked = None, False
+    found: Turned | None = None
     for node in request.nodes:
         op = OPS[node.target]
         if op.heavy:
@@ -92,11 +95,11 @@ def find_turned(request: Request) -> Turned | None:
         is_blocked = spec.layout != PLAIN
         contiguous = 1 if is_blocked else len(out.shape) - 1
         axis = [dim % len(out.shape) for dim in Call(node)["dims"]].index(contiguous)
-        found = Turned(node, axis, lanes)
+        found = Turned(node, axis, lanes, is_blocked)
     if found is None or out.layout != PLAIN or found.axis == len(out.shape) - 1:
         return None
     # Squares of blocks of channels begin where blocks do.
-    if is_blocked and out.shape[found.axis] % lanes:
+    if found.is_blocked and out.shape[found.axis] % lanes:
         return None
     return found if min(out.shape[found.axis], out.shape[-1]) >= lanes else None
 
@@ -129,6 +132,9 @@ def emit_turned(turned: Turned, root: fx.Node, task: Expr, out: View, group: Gro
         count = share(tirx.Select(tile == turned.tiles - 1, height - first, turned.rows))
     with T.serial(0, -(-width // lanes)) as j, T.serial(0, (count + lanes - 1) // lanes) as i:
         row = share(first + tirx.min(i * lanes, count - lanes))
+        if turned.is_blocked:
+            # A multiple of a vector that TVM can see to be one.
+            row = share(tile * (turned.rows // lanes) + i) * lanes
         column = share(tirx.min(j * lanes, width - lanes))
 
         def element(r: int, lane: Expr, row: Expr = row, column: Expr = column) -> Expr:

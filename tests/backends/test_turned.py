@@ -10,7 +10,8 @@ from graphopt.backends.target import get_target
 from graphopt.program.ir import Program
 from tests.backends.harness import Builder, aten, check
 
-LANES = get_target("host").isa.lanes()
+ISA = get_target("host").isa
+LANES = min(ISA.block, ISA.lanes())
 
 
 def kernels(program: Program) -> list[str]:
