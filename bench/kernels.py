@@ -36,7 +36,7 @@ from bench import onnx_models, peak
 from bench.common_layers import COMMON_LAYERS
 from bench.layers import Layer, build, layers_of, parse
 from graphopt.backends.codegen import compile_kernels
-from graphopt.backends.kernels import winograd_plan
+from graphopt.backends.kernels import winograd_choice
 from graphopt.backends.kernels.base import Alternatives
 from graphopt.backends.lower import TUNED, lower
 from graphopt.backends.target import Target, host
@@ -94,7 +94,7 @@ def own_flops(layer: Layer, generator: str, flops: int, target: Target) -> int:
     spec = layer.conv_spec
     if not generator.startswith("winograd") or spec is None:
         return flops
-    plans = winograd_plan.plans(spec, target.isa, target.l2_bytes, target.cores)
+    plans = winograd_choice.plans(spec, target.isa, target.l2_bytes, target.cores)
     return next(spec.groups * p.operations for p in plans if p.describe() == generator)
 
 

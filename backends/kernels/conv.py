@@ -11,7 +11,7 @@ from typing import Any
 import numpy.typing as npt
 from torch import fx
 
-from graphopt.backends.kernels import depthwise, winograd_plan
+from graphopt.backends.kernels import depthwise, winograd_choice
 from graphopt.backends.kernels.base import (
     Alternatives,
     Candidate,
@@ -193,7 +193,7 @@ def lower_products(request: Request) -> Alternatives | None:
             for each in winograd_products(view.spec, target)
         ]
         sizes = target.isa, target.l2_bytes
-        pays = fewer and winograd_plan.pays(fewer[0].cycles, [view.spec], *sizes)
+        pays = fewer and winograd_choice.pays(fewer[0].cycles, [view.spec], *sizes)
         candidates = [*fewer, *candidates] if pays else [*candidates, *fewer]
     key = key_of("convolution", view.spec, request, *layouts)
     return Alternatives(key, tuple(candidates))

@@ -18,7 +18,7 @@ from graphopt.backends.kernels import (
     conv_direct,
     conv_direct_plan,
     winograd,
-    winograd_plan,
+    winograd_choice,
 )
 from graphopt.backends.kernels.base import Request
 from graphopt.backends.kernels.conv_deep_plan import DeepPlan
@@ -97,11 +97,11 @@ def deep_products(spec: ConvSpec, target: Target) -> list[Product]:
 def winograd_products(spec: ConvSpec, target: Target, *, zeros: float = 0.0) -> list[Product]:
     """The ways of `winograd`, which only works on blocks, the best first; none for other kernels.
 
-    Their cycles are for `winograd_plan.pays`; `zeros` is the share of weights that are always zero.
+    Their cycles are for `winograd_choice.pays`; `zeros` is the share of weights always zero.
     """
-    if not winograd_plan.supports(spec, target.isa.block):
+    if not winograd_choice.supports(spec, target.isa.block):
         return []
-    plans = winograd_plan.plans(spec, target.isa, target.l2_bytes, target.cores, zeros)
+    plans = winograd_choice.plans(spec, target.isa, target.l2_bytes, target.cores, zeros)
     return [_winograd(plan, spec.groups, target) for plan in plans]
 
 
@@ -129,7 +129,7 @@ def _deep(plan: DeepPlan, target: Target) -> Product:
 
 def _winograd(plan: WinogradPlan, groups: int, target: Target) -> Product:
     """All groups of a convolution; the plan is that of one."""
-    cycles = groups * winograd_plan.cost(plan, target.isa, target.l2_bytes)
+    cycles = groups * winograd_choice.cost(plan, target.isa, target.l2_bytes)
 
     def pack(weight: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         parts = np.split(weight, groups)

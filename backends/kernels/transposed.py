@@ -20,7 +20,7 @@ from torch import fx
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from graphopt.backends.kernels import winograd_plan
+from graphopt.backends.kernels import winograd_choice
 from graphopt.backends.kernels.base import KernelSource, Request, same_place
 from graphopt.backends.kernels.builder import View
 from graphopt.backends.kernels.conv import epilogue_store
@@ -228,7 +228,7 @@ def _joint_product(request: Request, spec: ConvSpec, phases: list[_Phase]) -> Pr
     used = sum(prod(phase.spec.kernel) for phase in phases) / len(phases)
     fewer = winograd_products(spec, target, zeros=1 - used / prod(spec.kernel))
     apart = [phase.spec for phase in phases]
-    pays = fewer and winograd_plan.pays(fewer[0].cycles, apart, target.isa, target.l2_bytes)
+    pays = fewer and winograd_choice.pays(fewer[0].cycles, apart, target.isa, target.l2_bytes)
     return fewer[0] if pays else None
 
 

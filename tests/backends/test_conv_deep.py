@@ -9,7 +9,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from graphopt import graph as G
-from graphopt.backends.kernels import conv_deep_plan, conv_direct_plan, winograd_plan
+from graphopt.backends.kernels import conv_deep_plan, conv_direct_plan, winograd_choice
 from graphopt.backends.kernels.conv_product import products
 from graphopt.backends.kernels.conv_spec import ConvSpec
 from graphopt.backends.target import Target, get_target
@@ -44,7 +44,7 @@ def test_any_convolution(
         patch.setattr(conv_deep_plan, "_MOST_PIXELS", most_pixels)
         patch.setattr(conv_deep_plan, "_few", lambda *_: 0)
         patch.setattr(conv_direct_plan, "cost", lambda *_, **__: float("inf"))
-        patch.setattr(winograd_plan, "supports", lambda *_: False)
+        patch.setattr(winograd_choice, "supports", lambda *_: False)
         b = Builder(height)
         channels = blocks * get_target("host").isa.block
         x = b.conv(b.input(b.random(batch, 3, height, width)), channels, (1, 1))

@@ -9,7 +9,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from graphopt import graph as G
-from graphopt.backends.kernels import conv_direct_plan, conv_finish, winograd_plan
+from graphopt.backends.kernels import conv_direct_plan, conv_finish, winograd_choice
 from graphopt.backends.target import get_target
 from tests.backends.harness import Builder, aten, check, origins
 
@@ -270,7 +270,7 @@ def test_transposed_to_few_channels(
 @pytest.mark.parametrize("target", ["x86-64-v3", "x86-64-v4", "arm"])
 def test_deep_products_of_phases(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many weights for few pixels: a GAN's first layers. The phases have taps of two sizes."""
-    monkeypatch.setattr(winograd_plan, "pays", lambda *_: False)
+    monkeypatch.setattr(winograd_choice, "pays", lambda *_: False)
     b = Builder(13)
     x = b.conv(b.input(b.random(2, 3, 5, 6)), 256, (1, 1))
     weight = b.constant(b.random(256, 200, 5, 4) / 40)
@@ -299,7 +299,7 @@ def test_transposed_by_winograd(
     channels: tuple[int, int], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """All phases are channels of one convolution, whose blocks each belong to one phase."""
-    monkeypatch.setattr(winograd_plan, "cost", lambda *_: 0.0)
+    monkeypatch.setattr(winograd_choice, "cost", lambda *_: 0.0)
     b = Builder(12)
     rank, (inside, out) = len(kernel), channels
     extra = [(2 * padding - k) % s for k, s in zip(kernel, stride, strict=True)]

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from graphopt.backends.kernels import winograd_plan as winograd
+from graphopt.backends.kernels import winograd_choice as winograd
 from graphopt.backends.kernels import winograd_transforms
 from graphopt.backends.kernels.conv_spec import ConvSpec
+from graphopt.backends.kernels.winograd_plan import WinogradPlan
 from graphopt.backends.target import get_target
 from tests.backends.harness import Builder, aten, check, origins
 
@@ -146,9 +147,9 @@ def test_smaller_tiles_where_the_image_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     candidates = winograd._candidates
-    found: list[winograd.WinogradPlan] = []
+    found: list[WinogradPlan] = []
 
-    def only(*sizes: Any) -> Iterator[winograd.WinogradPlan]:
+    def only(*sizes: Any) -> Iterator[WinogradPlan]:
         for plan in candidates(*sizes):
             if plan.images and plan.m == (m, m):
                 found.append(plan)
