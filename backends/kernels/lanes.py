@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from math import gcd
 from operator import attrgetter
 from typing import Any
 
@@ -33,12 +34,14 @@ class Tap:
 
 
 def vectors_of(width: int, wide: int) -> list[tuple[int, int]]:
-    """(first, count) of the vectors of so many channels, the last one narrower perhaps.
+    """(first, count) of the vectors of so many channels, all of one size: at most `wide`.
 
-    What touches accumulators before their products are complete takes them so, all of it: LLVM
-    keeps them in registers as they are accessed.
+    Beside narrower vectors LLVM spills: 96 to 24 channels on 56×56 took 141 µs in vectors of 16 and
+    of 8 channels, and takes 125 in vectors of 8. What touches accumulators before their products
+    are complete takes them so, all of it: LLVM keeps them in registers as they are accessed.
     """
-    return [(first, min(wide, width - first)) for first in range(0, width, wide)]
+    size = gcd(width, wide)
+    return [(first, size) for first in range(0, width, size)]
 
 
 def multiply(

@@ -92,10 +92,10 @@ def best_tiles(
     found: dict[tuple[int, int], tuple[float, int, int, int]] = {}
     for vectors in range(1, min(blocks, max(8 * isa.wide, _MOST_CHANNELS) // block) + 1):
         for tile_pixels in range(1, min(pixels, most) + 1):
-            if not fits(vectors, tile_pixels, isa):
+            rows, columns = split(blocks, vectors), split(pixels, tile_pixels)
+            if not all(fits(size, tile_pixels, isa) for size, *_ in rows.kinds()):
                 continue
             time = 0.0
-            rows, columns = split(blocks, vectors), split(pixels, tile_pixels)
             for v, nv in ((rows.size, rows.large), (rows.size - 1, rows.count - rows.large)):
                 for p, np_ in (
                     (columns.size, columns.large),
@@ -128,9 +128,7 @@ def together(isa: Isa) -> int:
 def fits(blocks: int, pixels: int, isa: Isa) -> bool:
     """Whether a tile's accumulators, one step's weights and its inputs stay in registers."""
     vectors, half = divmod(blocks * isa.block, isa.lanes())
-    if half:
-        # LLVM spills where vectors of two widths leave no register free.
-        vectors, pixels = vectors + 1, pixels + 1
+    vectors = blocks if half else vectors
     # With multiply-adds by lane the compiler loads each pixel's next inputs as a vector.
     inputs = pixels if isa.lane_operand else 1
     # With every register taken (24×4 on AVX2) kernels lost a quarter of their speed.
