@@ -37,6 +37,8 @@ _FOR_EXACTNESS = 0.05
 _DIRECT_EFFICIENCY = 0.88
 _CHANNELS_AT_ONCE = 32
 """Output channels multiplied before going back to the first place: inputs are read less often."""
+_MOST_BLOCKS = 5
+"""Blocks of output channels in a register tile."""
 _MOST_TILES = 48
 _MOST_OF_IMAGES = 64
 """Tiles in a task; of whole images more, since their last tiles save up to a quarter."""
@@ -157,7 +159,7 @@ def _tiles(kernel: tuple[int, int]) -> list[tuple[int, int]]:
 def _register_tile(blocks: int, isa: Isa) -> tuple[int, int]:
     """Vectors and pixels of the fastest register tile whose vectors divide the blocks."""
     best: tuple[float, int, int] | None = None
-    for vectors in range(min(4, blocks), 0, -1):
+    for vectors in range(min(_MOST_BLOCKS, blocks), 0, -1):
         if blocks % vectors:
             continue
         for pixels in range(1, 17):
