@@ -27,7 +27,7 @@ _START = 5600
 """Cycles of a kernel besides."""
 _PLACE = 270
 """To begin with a place's weights, which come from memory."""
-_FOR_SMALLER_WEIGHTS = 0.08
+_FOR_SMALLER_WEIGHTS = 0.11
 """Time given for smaller weights where they are no small ones: F(3×3)'s are 0.69 of F(4×4)'s, on
 flash and in memory."""
 _MOST_GROWTH = 5.0
