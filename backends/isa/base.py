@@ -42,6 +42,11 @@ class Isa:
         return self.vector_bytes // dtype_bytes
 
     @property
+    def narrow(self) -> int:
+        """Lanes that all else computes as one: a vector, or a block that is smaller."""
+        return min(self.block, self.lanes())
+
+    @property
     def wide(self) -> int:
         """Lanes that products compute as one: a block, or the blocks of a vector."""
         return max(self.block, self.lanes())

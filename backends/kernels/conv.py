@@ -211,7 +211,6 @@ def _product(
     ahead = view.one_row and request.spec(source).layout != PLAIN and far
     index, inside = view.index(len(call.shape)), view.place(len(call.shape))
     whole = view.is_whole(call.shape_of("input")[1], request.target.isa.block)
-    lanes = min(request.target.isa.block, request.target.isa.lanes())
 
     def emit(
         task: Expr, views: dict[fx.Node, View], constants: list[Any], out: View, group: Group,
@@ -231,7 +230,7 @@ def _product(
             fence=request.fence,
             ahead=ahead,
             vector_in=request.spec(source).layout != PLAIN and whole,
-            row=lanes if block is None and spec.ocg >= _ROW_CHANNELS else 0,
+            row=request.target.isa.narrow if block is None and spec.ocg >= _ROW_CHANNELS else 0,
             out=lambda n, c, h, w: out.load(index(n, c, h, w)),
         )
         product.emit(task, constants[0], scratch, access)

@@ -17,6 +17,7 @@ from graphopt.backends.kernels.tiling import (
 )
 
 _FEW_BYTES = 49152
+"""Weights up to which direct convolution is as fast, where it would read them only once, too."""
 _SUMS_BYTES = 32768
 _MOST_PIXELS = 256
 _FEWEST_PIXELS = 4
@@ -130,7 +131,7 @@ def plans(
 
     There are none where the weights are few or the shape is not this kernel's. `plain` says that
     neighbouring columns of the input are neighbours in memory, and not channels; register tiles
-    have `most` pixels.
+    have at most `most` pixels.
     """
     block = isa.block
     out_blocks = -(-spec.ocg // block)
@@ -144,8 +145,8 @@ def plans(
         return ()
     gathers = plain or _gathers(spec)
     blocks = _gathered(total) if gathers else split(total, min(total, _MOST_PIXELS))
-    tiles = best_tiles(out_blocks, blocks.size, isa, block, most)
-    row = min(block, isa.lanes()) if plain else 0
+    tiles = best_tiles(out_blocks, blocks.size, isa, most)
+    row = isa.narrow if plain else 0
     return tuple(_with_tile(spec, blocks, tile, isa, row) for tile in tiles)
 
 

@@ -193,7 +193,7 @@ class _Row:
         depth = spec.icg * kernel_h * kernel_w
         blocks = -(-spec.ocg // block)
         origin = (g * blocks + self.tile_block) * block * depth
-        acc = T.alloc_buffer((pixels * vectors * block,), "float32", scope="local")
+        acc = T.alloc_buffer((pixels * width,), "float32", scope="local")
         for p in range(pixels):
             for start, count in vectors_of(width, conv.wide):
                 with T.vectorized(0, count) as lane:

@@ -163,8 +163,8 @@ def row_segments(spec: ConvSpec, pixels: int, *, unrolled: bool = False) -> tupl
 def plans(
     spec: ConvSpec, isa: Isa, l2_bytes: int, *, plain: bool = False, most: int = MOST_PIXELS
 ) -> tuple[ConvPlan, ...]:
-    """The plans with the best register tiles of `most` pixels, the best first; see `plan`."""
-    tiles = best_tiles(-(-spec.ocg // isa.block), spec.out_size[1], isa, isa.block, most)
+    """The plans with the best tiles of at most `most` pixels, the best first; see `plan`."""
+    tiles = best_tiles(-(-spec.ocg // isa.block), spec.out_size[1], isa, most)
     return tuple(plan(spec, isa, l2_bytes, tile, plain=plain) for tile in tiles)
 
 
@@ -177,7 +177,7 @@ def plan(
     """
     block = isa.block
     blocks = -(-spec.ocg // block)
-    tile = tile or choose_tile(blocks, spec.out_size[1], isa, block)
+    tile = tile or choose_tile(blocks, spec.out_size[1], isa)
     channels = split(blocks, tile.vectors)
     segments = row_segments(spec, tile.pixels)
     tiles = segments[-1].last

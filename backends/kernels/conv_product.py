@@ -65,7 +65,7 @@ def products(
         spec: the convolution.
         target: what to build for.
         plain: whether neighbouring columns of the input are neighbours in memory, and not channels.
-        most: pixels of a register tile.
+        most: pixels of a register tile, at most.
     """
     isa = target.isa
     direct = direct_products(spec, target, plain=plain, most=most)

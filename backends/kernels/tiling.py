@@ -20,9 +20,9 @@ TOGETHER = 4
 """Vectors of results, which leave a few registers for each. Elementwise functions are long chains
 of dependent instructions: one after the other they wait in the processor's queues."""
 MOST_PIXELS = 16
-"""Pixels of a tile."""
+"""Pixels of a tile, at most."""
 _FEWEST_APART = 6
-"""Pixels of a tile that are no worth avoiding even where their inputs meet in the cache."""
+"""Pixels of a tile that are not worth avoiding even where their inputs meet in the cache."""
 _FEW_TILES = 3
 """Tiles worth measuring beside each other."""
 
@@ -64,9 +64,9 @@ def split(total: int, size: int) -> Split:
     return Split(total, size, count, total - count * (size - 1))
 
 
-def choose_tile(blocks: int, pixels: int, isa: Isa, block: int) -> Tile:
+def choose_tile(blocks: int, pixels: int, isa: Isa) -> Tile:
     """The tile with the least estimated time for `blocks` channel blocks by `pixels` pixels."""
-    return best_tiles(blocks, pixels, isa, block)[0]
+    return best_tiles(blocks, pixels, isa)[0]
 
 
 def most_apart(apart: int, way_bytes: int, ways: int) -> int:
@@ -80,17 +80,15 @@ def most_apart(apart: int, way_bytes: int, ways: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def best_tiles(
-    blocks: int, pixels: int, isa: Isa, block: int, most: int = MOST_PIXELS
-) -> tuple[Tile, ...]:
+def best_tiles(blocks: int, pixels: int, isa: Isa, most: int = MOST_PIXELS) -> tuple[Tile, ...]:
     """A few tiles of least estimated time, the best first; of those that cut alike, one.
 
     A tile's time per multiply-add step is bounded by its multiply-adds, its loads (weights and one
     broadcast per pixel) and the latency of the dependent adds; tiles must fit the registers, and
-    have `most` pixels.
+    have at most `most` pixels.
     """
     found: dict[tuple[int, int], tuple[float, int, int, int]] = {}
-    for vectors in range(1, min(blocks, max(8 * isa.wide, _MOST_CHANNELS) // block) + 1):
+    for vectors in range(1, min(blocks, max(8 * isa.wide, _MOST_CHANNELS) // isa.block) + 1):
         for tile_pixels in range(1, min(pixels, most) + 1):
             rows, columns = split(blocks, vectors), split(pixels, tile_pixels)
             if not all(fits(size, tile_pixels, isa) for size, *_ in rows.kinds()):
@@ -122,11 +120,12 @@ def places_of(sizes: dict[str, int]) -> dict[str, int]:
 
 def together(isa: Isa) -> int:
     """Blocks of channels whose long epilogue is computed in turn, a statement of each at a time."""
-    return max(1, TOGETHER * min(isa.block, isa.lanes()) // isa.block)
+    return max(1, TOGETHER * isa.narrow // isa.block)
 
 
 def fits(blocks: int, pixels: int, isa: Isa) -> bool:
     """Whether a tile's accumulators, one step's weights and its inputs stay in registers."""
+    # Half a vector makes all of them half ones: see `lanes.vectors_of`.
     vectors, half = divmod(blocks * isa.block, isa.lanes())
     vectors = blocks if half else vectors
     # With multiply-adds by lane the compiler loads each pixel's next inputs as a vector.

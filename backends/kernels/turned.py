@@ -75,8 +75,7 @@ class Turned:
 
 def find_turned(request: Request) -> Turned | None:
     """The permutation to transpose in registers, if it alone moves the map's last axis."""
-    out, isa = request.spec(request.root), request.target.isa
-    lanes = min(isa.block, isa.lanes())
+    out, lanes = request.spec(request.root), request.target.isa.narrow
     if len(out.shape) < 2:
         return None
     found: Turned | None = None
@@ -131,10 +130,11 @@ def emit_turned(turned: Turned, root: fx.Node, task: Expr, out: View, group: Gro
     if height % turned.rows:
         count = share(tirx.Select(tile == turned.tiles - 1, height - first, turned.rows))
     with T.serial(0, -(-width // lanes)) as j, T.serial(0, (count + lanes - 1) // lanes) as i:
-        row = share(first + tirx.min(i * lanes, count - lanes))
         if turned.is_blocked:
             # A multiple of a vector that TVM can see to be one.
             row = share(tile * (turned.rows // lanes) + i) * lanes
+        else:
+            row = share(first + tirx.min(i * lanes, count - lanes))
         column = share(tirx.min(j * lanes, width - lanes))
 
         def element(r: int, lane: Expr, row: Expr = row, column: Expr = column) -> Expr:

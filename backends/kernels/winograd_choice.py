@@ -10,7 +10,7 @@ from math import prod
 from graphopt.backends.isa.base import Isa
 from graphopt.backends.kernels.conv_direct_plan import SKIPPING
 from graphopt.backends.kernels.conv_spec import ConvSpec
-from graphopt.backends.kernels.tiling import Split, fits, split, step_time
+from graphopt.backends.kernels.tiling import MOST_PIXELS, Split, fits, split, step_time
 from graphopt.backends.kernels.winograd_plan import WinogradPlan
 from graphopt.backends.kernels.winograd_transforms import operations, sizes
 
@@ -122,8 +122,8 @@ def _candidates(spec: ConvSpec, isa: Isa, l2_bytes: int) -> Iterator[WinogradPla
             at_once = max(k for k in range(1, most + 1) if per_group % k == 0)
             for cut, images in sorted(cuts, key=lambda c: (c[0].size, c[1])):
                 yield WinogradPlan(
-                    spec, m, block, isa.wide, min(block, isa.lanes()), (rows, columns), cut, images,
-                    vectors, pixels, at_once, groups, isa.panel_bytes // 3, streams,
+                    spec, m, block, isa.wide, isa.narrow, (rows, columns), cut, images, vectors,
+                    pixels, at_once, groups, isa.panel_bytes // 3, streams,
                     isa.lane_operand, bool(isa.multiply_add),
                 )  # fmt: skip
 
@@ -162,7 +162,7 @@ def _register_tile(blocks: int, isa: Isa) -> tuple[int, int]:
     for vectors in range(min(_MOST_BLOCKS, blocks), 0, -1):
         if blocks % vectors:
             continue
-        for pixels in range(1, 17):
+        for pixels in range(1, MOST_PIXELS + 1):
             if not fits(vectors, pixels, isa):
                 break
             time = step_time(vectors, pixels, isa) / (vectors * pixels)

@@ -18,7 +18,7 @@ def test_tiles_fit_with_all_their_sizes(name: str) -> None:
     isa = get_target(name).isa
     for blocks in range(1, 40):
         for pixels in (1, 3, 14, 49, 196):
-            tiles = best_tiles(blocks, pixels, isa, isa.block)
+            tiles = best_tiles(blocks, pixels, isa)
             assert tiles
             for tile in tiles:
                 sizes = [size for size, *_ in split(blocks, tile.vectors).kinds()]

@@ -10,8 +10,7 @@ from graphopt.backends.target import get_target
 from graphopt.program.ir import Program
 from tests.backends.harness import Builder, aten, check
 
-ISA = get_target("host").isa
-LANES = min(ISA.block, ISA.lanes())
+LANES = get_target("host").isa.narrow
 
 
 def kernels(program: Program) -> list[str]:
