@@ -11,7 +11,7 @@ from typing import Any
 import numpy.typing as npt
 from torch import fx
 
-from graphopt.backends.kernels import depthwise, winograd_choice
+from graphopt.backends.kernels import depthwise
 from graphopt.backends.kernels.base import (
     Alternatives,
     Candidate,
@@ -188,12 +188,11 @@ def lower_products(request: Request) -> Alternatives | None:
             for each in deep_products(patches.spec, target)
         ] + candidates
     if whole and request.winograd and PLAIN not in layouts:
+        ways, pays = winograd_products(view.spec, target, [view.spec])
         fewer = [
             Candidate(each.origin, each.cycles, partial(_product, request, view, each, weight))
-            for each in winograd_products(view.spec, target)
+            for each in ways
         ]
-        sizes = target.isa, target.l2_bytes
-        pays = fewer and winograd_choice.pays(fewer[0].cycles, [view.spec], *sizes)
         candidates = [*fewer, *candidates] if pays else [*candidates, *fewer]
     key = key_of("convolution", view.spec, request, *layouts)
     return Alternatives(key, tuple(candidates))

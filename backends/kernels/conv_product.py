@@ -3,7 +3,7 @@ and `winograd`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -94,15 +94,19 @@ def deep_products(spec: ConvSpec, target: Target) -> list[Product]:
     return [_deep(plan, target) for plan in conv_deep_plan.plans(spec, target.isa, target.l2_bytes)]
 
 
-def winograd_products(spec: ConvSpec, target: Target, *, zeros: float = 0.0) -> list[Product]:
+def winograd_products(
+    spec: ConvSpec, target: Target, instead: Sequence[ConvSpec]
+) -> tuple[list[Product], bool]:
     """The ways of `winograd`, which only works on blocks, the best first; none for other kernels.
 
-    Their cycles are for `winograd_choice.pays`; `zeros` is the share of weights always zero.
+    Also whether the best one pays beside direct convolution of all of `instead`.
     """
-    if not winograd_choice.supports(spec, target.isa.block):
-        return []
-    plans = winograd_choice.plans(spec, target.isa, target.l2_bytes, target.cores, zeros)
-    return [_winograd(plan, spec.groups, target) for plan in plans]
+    isa, l2_bytes = target.isa, target.l2_bytes
+    if not winograd_choice.supports(spec, isa.block):
+        return [], False
+    plans = winograd_choice.plans(spec, isa, l2_bytes, target.cores)
+    pays = bool(plans) and winograd_choice.pays(plans[0], spec.groups, instead, isa, l2_bytes)
+    return [_winograd(plan, spec.groups, target) for plan in plans], pays
 
 
 def _direct(plan: ConvPlan, target: Target, plain: bool) -> Product:

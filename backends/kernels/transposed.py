@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,6 @@ from torch import fx
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from graphopt.backends.kernels import winograd_choice
 from graphopt.backends.kernels.base import KernelSource, Request, same_place
 from graphopt.backends.kernels.builder import View
 from graphopt.backends.kernels.conv import epilogue_store
@@ -225,10 +223,7 @@ def _joint_product(request: Request, spec: ConvSpec, phases: list[_Phase]) -> Pr
         return best if best.cycles < sum(phase.product.cycles for phase in phases) else None
     if PLAIN in layouts or not request.winograd or request.call.shape[1] % target.isa.block:
         return None
-    used = sum(prod(phase.spec.kernel) for phase in phases) / len(phases)
-    fewer = winograd_products(spec, target, zeros=1 - used / prod(spec.kernel))
-    apart = [phase.spec for phase in phases]
-    pays = fewer and winograd_choice.pays(fewer[0].cycles, apart, target.isa, target.l2_bytes)
+    fewer, pays = winograd_products(spec, target, [phase.spec for phase in phases])
     return fewer[0] if pays else None
 
 

@@ -13,6 +13,10 @@ Where tasks take whole images, the last tiles of rows and columns have only the 
 left and only the places those need: F(r) at a subset of F(m)'s points, with the same weights. Each
 place is then multiplied with the tiles that have it. A dilated kernel meets the pixels of one phase
 of the image only, whose tiles are the same but for the distance between their pixels.
+
+A stride s is s² convolutions of stride 1, of every s-th pixel and tap, whose results add up: they
+are multiplied as if they were channels, and transformed back once. Where a part of the kernel has
+a tap less, F(m)'s points without infinity are enough for it.
 """
 
 from __future__ import annotations
@@ -40,7 +44,7 @@ from graphopt.backends.kernels.builder import (
 from graphopt.backends.kernels.conv_spec import Accessors
 from graphopt.backends.kernels.lanes import multiply, multiply_by_lanes, vectors_of
 from graphopt.backends.kernels.tiling import LINE, TOGETHER, split
-from graphopt.backends.kernels.winograd_plan import WinogradPlan
+from graphopt.backends.kernels.winograd_plan import PlaceClass, WinogradPlan
 from graphopt.backends.kernels.winograd_transforms import transforms, two_sided
 from graphopt.ops.opdef import Expr
 
@@ -58,17 +62,25 @@ def pack_weights(weight: npt.NDArray[Any], conv: WinogradPlan) -> npt.NDArray[np
     """
     down, along = (
         np.array([[float(v) for v in row] for row in transforms(m, kernel)[1]])
-        for m, kernel in zip(conv.m, conv.spec.kernel, strict=True)
+        for m, kernel in zip(conv.m, conv.taps, strict=True)
     )
     taps = weight.reshape(*weight.shape[:2], *conv.spec.kernel).astype(np.float64)
-    spectrum = np.einsum("ai,ocij,bj->aboc", down, taps, along)
-    width = conv.width
-    padded = np.zeros((conv.places, conv.out_tiles * width, weight.shape[1]), np.float32)
-    for place, number in conv.numbers.items():
-        padded[number, : weight.shape[0]] = spectrum[place]
-    passes = conv.out_tiles // conv.at_once
-    shape = (conv.places, passes, conv.at_once, width, conv.depth_parts, -1)
-    return padded.reshape(shape).transpose(1, 0, 4, 2, 5, 3).ravel()
+    (high, wide), passes = conv.spec.stride, conv.out_tiles // conv.at_once
+    spectra = {}
+    for row, column in conv.residues:
+        part = taps[:, :, row::high, column::wide]
+        matrices = down[:, : part.shape[2]], along[:, : part.shape[3]]
+        spectra[row, column] = np.einsum("ai,ocij,bj->aboc", matrices[0], part, matrices[1])
+    packed = []
+    for each in conv.classes:
+        depth = len(each.residues) * weight.shape[1]
+        padded = np.zeros((len(each.places), conv.out_tiles * conv.width, depth), np.float32)
+        for number, place in enumerate(each.places):
+            every = [spectra[residue][place] for residue in each.residues]
+            padded[number, : weight.shape[0]] = np.concatenate(every, axis=1)
+        shape = (len(padded), passes, conv.at_once, conv.width, conv.depth_parts(each), -1)
+        packed.append(padded.reshape(shape).transpose(1, 0, 4, 2, 5, 3).reshape(passes, -1))
+    return np.concatenate(packed, axis=1).ravel()
 
 
 def emit(conv: WinogradPlan, task: Expr, weights: Any, scratch: Any, access: Accessors) -> None:
@@ -84,23 +96,21 @@ def emit(conv: WinogradPlan, task: Expr, weights: Any, scratch: Any, access: Acc
         for tile in _tiles(conv, part):
             _ask_for_input(conv, tile, cb, access)
             with loop(block // conv.lanes) as piece:
-                _transform_input(conv, inputs, tile, cb, piece * conv.lanes, access)
+                for residue in conv.residues:
+                    _transform_input(conv, inputs, tile, residue, cb, piece * conv.lanes, access)
     passes = conv.out_tiles // conv.groups // conv.at_once
     with loop(passes) as k:
         number = group * passes + k
         first_tile = number * conv.at_once
-        before = 0
+        before, behind = 0, number * (conv.weights // 4 // (conv.out_tiles // conv.at_once))
         for each in conv.classes:
-            with (
-                loop(len(each.places)) as i, loop(conv.depth_parts) as depth,
-                loop(conv.at_once) as j,
-            ):  # fmt: skip
-                place = before + i
-                panel = (number * conv.places + place) * conv.depth_parts + depth
-                panel = panel * conv.at_once + j
-                tiles = conv.tiles_of(each)
-                _multiply(conv, tiles, inputs, products, weights, panel, j, place, depth)
+            parts = conv.depth_parts(each)
+            panel = len(each.residues) * conv.spec.icg // parts * conv.width
+            with loop(len(each.places)) as i, loop(parts) as depth, loop(conv.at_once) as j:
+                origin = behind + ((i * parts + depth) * conv.at_once + j) * panel
+                _multiply(conv, each, inputs, products, weights, origin, j, before + i, depth)
             before += len(each.places)
+            behind += len(each.places) * parts * conv.at_once * panel
         fence(access.fence)
         with loop(conv.at_once) as j:
             for tile in _tiles(conv, part):
@@ -186,12 +196,12 @@ def _tiles(conv: WinogradPlan, part: Expr) -> Iterator[_Tile]:
 
 def _ask_for_input(conv: WinogradPlan, tile: _Tile, cb: Expr, access: Accessors) -> None:
     """Columns that the tile after the next one reads, the first ones of which the next one has."""
-    spec, (down, along) = conv.spec, conv.spec.dilation
-    wide = conv.m[1]
-    left = tile.column - spec.padding[1] + (wide + conv.side[1]) * along
-    for i in range(tile.outputs[0] + spec.kernel[0] - 1):
+    spec, (down, along), (over, step) = conv.spec, conv.spec.dilation, conv.spec.stride
+    wide = conv.m[1] * step
+    left = tile.column * step - spec.padding[1] + (2 * wide + spec.kernel[1] - step) * along
+    for i in range((tile.outputs[0] - 1) * over + spec.kernel[0]):
         for j in range(0, wide, _pixels_of_a_line(conv)):
-            row = tile.row - spec.padding[0] + i * down
+            row = tile.row * over - spec.padding[0] + i * down
             prefetch(access.x(tile.n, cb * conv.block, row, left + j * along), level=1)
 
 
@@ -201,21 +211,32 @@ def _pixels_of_a_line(conv: WinogradPlan) -> int:
 
 
 def _transform_input(
-    conv: WinogradPlan, inputs: Any, tile: _Tile, cb: Expr, first: Expr, access: Accessors
-) -> None:
-    """Bᵀ d B of a vector of a block's channels, from `first` on, of one tile, into scratch."""
+    conv: WinogradPlan, inputs: Any, tile: _Tile, residue: tuple[int, int], cb: Expr, first: Expr,
+    access: Accessors,
+) -> None:  # fmt: skip
+    """Bᵀ d B of a vector of a block's channels, from `first` on, of one tile, into scratch.
+
+    Of a tile's rows and columns those of one residue.
+    """
     spec, block, lanes = conv.spec, conv.block, conv.lanes
-    high, wide = (extent + k - 1 for extent, k in zip(tile.outputs, spec.kernel, strict=True))
-    top, left = tile.row - spec.padding[0], tile.column - spec.padding[1]
-    down, along = (conv.transforms(axis, extent)[2] for axis, extent in enumerate(tile.outputs))
+    down, along = conv.into(tile.outputs, residue)
+    high, wide = len(down), len(along)
+    top, left = (
+        at * step + rest - before
+        for at, step, rest, before in zip(
+            (tile.row, tile.column), spec.stride, residue, spec.padding, strict=True
+        )
+    )
     numbers = conv.numbers
-    in_rows = [top + i * spec.dilation[0] for i in range(high)]
-    in_columns = [left + j * spec.dilation[1] for j in range(wide)]
+    in_rows = [top + i * spec.stride[0] * spec.dilation[0] for i in range(high)]
+    in_columns = [left + j * spec.stride[1] * spec.dilation[1] for j in range(wide)]
 
     def put(i: int, j: int, lane: Expr, value: Expr) -> None:
         place = tile.places[0][i], tile.places[1][j]
-        where = (cb * conv.cut.size + tile.number(*place)) * block + first + lane
-        T.buffer_store(inputs, value, [numbers[place], where])
+        slot = conv.slot(place, residue)
+        assert slot is not None
+        number = (slot * conv.in_blocks + cb) * conv.cut.size + tile.number(*place)
+        T.buffer_store(inputs, value, [numbers[place], number * block + first + lane])
 
     def load(tile_: Any, i: int, j: int) -> None:
         with T.vectorized(0, lanes) as lane:
@@ -249,29 +270,29 @@ def _within(at: Expr, size: int) -> Expr:
 
 
 def _multiply(
-    conv: WinogradPlan, tiles: int, inputs: Any, products: Any, weights: Any, panel: Expr, j: Expr,
-    place: Expr, part: Expr,
+    conv: WinogradPlan, each: PlaceClass, inputs: Any, products: Any, weights: Any, origin: Expr,
+    j: Expr, place: Expr, part: Expr,
 ) -> None:  # fmt: skip
-    """The products of a number of tiles with a panel of weights: one place, one channel tile.
+    """The products of the tiles that have a place with a panel of its weights: a channel tile.
 
     Meanwhile a later panel is asked for, each piece of tiles taking its share.
     """
-    cut = split(tiles, conv.pixels)
+    cut = split(conv.tiles_of(each), conv.pixels)
     for pixels, start, before, count in cut.kinds():
         with loop(count) as i:
-            _product(conv, inputs, products, weights, panel, j, place, part,
+            _product(conv, each, inputs, products, weights, origin, j, place, part,
                      start + i * pixels, pixels, before + i, cut.count)  # fmt: skip
 
 
 def _product(
-    conv: WinogradPlan, inputs: Any, products: Any, weights: Any, panel: Expr, j: Expr,
-    place: Expr, part: Expr, first: Expr, pixels: int, piece: Expr, pieces: int,
+    conv: WinogradPlan, each: PlaceClass, inputs: Any, products: Any, weights: Any, origin: Expr,
+    j: Expr, place: Expr, part: Expr, first: Expr, pixels: int, piece: Expr, pieces: int,
 ) -> None:  # fmt: skip
     """One register tile: some tiles of the image by a channel tile, over a part of the depth."""
-    spec, block, width = conv.spec, conv.block, conv.width
-    full, rest = divmod(spec.icg, block)
-    parts = conv.depth_parts
-    origin = panel * (spec.icg // parts * width)
+    block, width = conv.block, conv.width
+    channels = len(each.residues) * conv.spec.icg
+    full, rest = divmod(channels, block)
+    parts = conv.depth_parts(each)
     acc = T.alloc_buffer((pixels * width,), "float32", scope="local")
 
     def each_slot(body: Any) -> None:
@@ -295,8 +316,8 @@ def _product(
 
     def x(number: Expr, p: int, ci: Expr) -> Expr:
         """An input of block `number` of this part."""
-        channels = part * (full // parts) + number
-        return inputs[place, (channels * conv.cut.size + first + p) * block + ci]
+        at = part * (full // parts) + number
+        return inputs[place, (at * conv.cut.size + first + p) * block + ci]
 
     def row(number: Expr, ci: Expr) -> Expr:
         return origin + (number * block + ci) * width
@@ -318,7 +339,7 @@ def _product(
     if full:
         with loop(full // parts) as number, loop(block // 4) as outer:
             if conv.streams:
-                ahead = _PANELS_AHEAD * (spec.icg // parts) + number * block + outer * 4
+                ahead = _PANELS_AHEAD * (channels // parts) + number * block + outer * 4
                 for line in range(0, 4 * width // LINE, pieces):
                     prefetch(weights[origin + ahead * width + (line + piece) * LINE])
             four(number, outer * 4)

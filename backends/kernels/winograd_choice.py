@@ -11,7 +11,7 @@ from graphopt.backends.isa.base import Isa
 from graphopt.backends.kernels.conv_direct_plan import SKIPPING
 from graphopt.backends.kernels.conv_spec import ConvSpec
 from graphopt.backends.kernels.tiling import MOST_PIXELS, Split, fits, split, step_time
-from graphopt.backends.kernels.winograd_plan import WinogradPlan
+from graphopt.backends.kernels.winograd_plan import WinogradPlan, taps
 from graphopt.backends.kernels.winograd_transforms import operations, sizes
 
 _FAR_BYTES = 6.0
@@ -27,13 +27,14 @@ _START = 5600
 """Cycles of a kernel besides."""
 _PLACE = 270
 """To begin with a place's weights, which come from memory."""
-_FOR_SMALLER_WEIGHTS = 0.11
-"""Time given for smaller weights where they are no small ones: F(3×3)'s are 0.69 of F(4×4)'s, on
-flash and in memory."""
+_SMALL = 4
+"""Caches of the second level that weights may take for nothing."""
+_BYTE = 1.8
+"""Multiply-adds that a byte beyond is worth, on flash and in memory."""
 _MOST_GROWTH = 5.0
-"""How many times larger weights that are no small ones may become."""
+"""How many times larger than direct convolution's those may be that no cache holds."""
 _FOR_EXACTNESS = 0.05
-"""Time given for direct convolution, whose weights and rounding errors are smaller."""
+"""Time given for direct convolution, whose rounding errors are smaller."""
 _DIRECT_EFFICIENCY = 0.88
 _CHANNELS_AT_ONCE = 32
 """Output channels multiplied before going back to the first place: inputs are read less often."""
@@ -50,23 +51,23 @@ kernels take half the time or less with eight places."""
 
 
 def supports(spec: ConvSpec, block: int) -> bool:
-    """Stride 1, small enough kernels; the channels of a group are whole blocks."""
+    """Kernels small enough, larger than the stride; channels of a group are whole blocks.
+
+    Of input channels also where there is a stride, which none has together with dilation.
+    """
+    strided = spec.stride != (1, 1)
     return (
-        spec.kernel != (1, 1) == spec.stride
-        and bool(_tiles(spec.kernel))
+        taps(spec) != (1, 1)
+        and bool(_tiles(taps(spec)))
         and (spec.groups == 1 or spec.icg % block == spec.ocg % block == 0)
+        and not (strided and (spec.icg % block or spec.dilation != (1, 1)))
     )
 
 
-def plans(
-    spec: ConvSpec, isa: Isa, l2_bytes: int, cores: int = 4, zeros: float = 0.0
-) -> list[WinogradPlan]:
-    """For each tile size the plan with the least estimated time that leaves threads an even share.
+def plans(spec: ConvSpec, isa: Isa, l2_bytes: int, cores: int = 4) -> list[WinogradPlan]:
+    """For each tile size the plan that costs least and leaves threads an even share, best first.
 
-    None of those whose weights would grow too much.
-
-    Of a convolution in groups, they are plans of one group. The best is first: of those of nearly
-    the least time the one with the smallest weights.
+    Of a convolution in groups, they are plans of one group.
 
     Args:
         spec: the convolution.
@@ -74,27 +75,24 @@ def plans(
         l2_bytes: second-level cache of a core.
         cores: the most threads to share the work evenly among. Groups of output channels are tasks
             of their own then, each of which transforms the inputs again.
-        zeros: share of the weights that are always zero, and that direct convolution leaves out.
     """
     cores, spec = -(-cores // spec.groups), replace(spec, groups=1)
-    taps = prod(spec.kernel) * (1 - zeros)
-    is_large = spec.icg * spec.ocg * taps * 4 > l2_bytes
 
     def weigh(conv: WinogradPlan) -> float:
         shares = [-(-conv.tasks // n) * n / conv.tasks for n in (1, 2, 4) if n <= max(1, cores)]
-        return cost(conv, isa, l2_bytes) * sum(shares) / len(shares)
+        cycles = cost(conv, isa, l2_bytes) * sum(shares) / len(shares)
+        return cycles + _price(conv.weights, isa, l2_bytes)
 
     best: dict[tuple[int, int], WinogradPlan] = {}
     for conv in sorted(_candidates(spec, isa, l2_bytes), key=weigh):
-        if not is_large or prod(conv.side) <= _MOST_GROWTH * taps:
+        if conv.weights <= l2_bytes or conv.growth <= _MOST_GROWTH:
             best.setdefault(conv.m, conv)
-    if not best:
-        return []
-    fastest = weigh(next(iter(best.values())))
-    given = fastest * (1 + _FOR_SMALLER_WEIGHTS * is_large)
-    near = [p for p in best.values() if weigh(p) <= given]
-    first = min(near, key=lambda p: p.places)
-    return [first, *(p for p in best.values() if p is not first)]
+    return list(best.values())
+
+
+def _price(weights: int, isa: Isa, l2_bytes: int) -> float:
+    """Cycles that so many bytes of weights are worth."""
+    return _BYTE * max(0, weights - _SMALL * l2_bytes) / (isa.multiply_adds * isa.lanes())
 
 
 def plan(spec: ConvSpec, isa: Isa, l2_bytes: int) -> WinogradPlan:
@@ -108,12 +106,10 @@ def _candidates(spec: ConvSpec, isa: Isa, l2_bytes: int) -> Iterator[WinogradPla
     vectors, pixels = _register_tile(blocks, isa)
     out_tiles = blocks // vectors
     most = max(1, _CHANNELS_AT_ONCE // (vectors * block))
-    for m in _tiles(spec.kernel):
+    for m in _tiles(taps(spec)):
         rows, columns = (
             -(-size // (n * d)) for size, n, d in zip(spec.out_size, m, spec.dilation, strict=True)
         )
-        places = prod(n + k - 1 for n, k in zip(m, spec.kernel, strict=True))
-        streams = places * spec.icg * blocks * block * 4 > l2_bytes // 2
         cuts = _cuts(spec, m, rows * columns, pixels)
         for groups in range(1, out_tiles + 1):
             per_group = out_tiles // groups
@@ -123,7 +119,7 @@ def _candidates(spec: ConvSpec, isa: Isa, l2_bytes: int) -> Iterator[WinogradPla
             for cut, images in sorted(cuts, key=lambda c: (c[0].size, c[1])):
                 yield WinogradPlan(
                     spec, m, block, isa.wide, isa.narrow, (rows, columns), cut, images, vectors,
-                    pixels, at_once, groups, isa.panel_bytes // 3, streams,
+                    pixels, at_once, groups, isa.panel_bytes // 3, l2_bytes // 2,
                     isa.lane_operand, bool(isa.multiply_add),
                 )  # fmt: skip
 
@@ -179,12 +175,13 @@ def cost(conv: WinogradPlan, isa: Isa, l2_bytes: int) -> float:
     for each in conv.classes:
         pieces = split(conv.tiles_of(each), conv.pixels)
         for pixels, _, _, count in pieces.kinds():
-            steps += len(each.places) * count * step_time(conv.vectors, pixels, isa)
+            places = len(each.places) * len(each.residues)
+            steps += places * count * step_time(conv.vectors, pixels, isa)
     products = conv.cut.count * spec.icg * conv.out_tiles * steps
 
     channels = conv.out_tiles * conv.width
-    weights = conv.places * spec.icg * channels * 4
-    inputs = conv.places * conv.cut.size * conv.in_blocks * conv.block * 4
+    weights = conv.weights
+    inputs = conv.transformed * conv.cut.size * conv.in_blocks * conv.block * 4
     passes = conv.out_tiles // conv.at_once
     traffic = weights * conv.cut.count / (_FAR_BYTES if weights > l2_bytes // 2 else _NEAR_BYTES)
     traffic += (
@@ -192,10 +189,9 @@ def cost(conv: WinogradPlan, isa: Isa, l2_bytes: int) -> float:
     )
     places = prod(conv.side)
     tiles = conv.cut.count * conv.cut.size
-    (back_down, _, down), (back_along, _, along) = (
-        conv.transforms(axis, m) for axis, m in enumerate(conv.m)
-    )
-    into = _INTO[0] * places + _INTO[1] * operations(down, along)
+    back_down, back_along = (conv.transforms(axis, m)[0] for axis, m in enumerate(conv.m))
+    into = _INTO[0] * conv.transformed
+    into += _INTO[1] * sum(operations(*conv.into(conv.m, each)) for each in conv.residues)
     back = _BACK[0] * places + _BACK[1] * operations(back_down, back_along)
     hidden = max(products, traffic) + _NOT_HIDDEN * min(products, traffic)
     into *= tiles * conv.in_blocks * (conv.block // conv.lanes) * conv.groups
@@ -203,10 +199,15 @@ def cost(conv: WinogradPlan, isa: Isa, l2_bytes: int) -> float:
     return hidden + into + back + _START + _PLACE * conv.places
 
 
-def pays(cycles: float, instead: Sequence[ConvSpec], isa: Isa, l2_bytes: int) -> bool:
-    """Whether a plan of so many cycles is better than direct convolution of all of these."""
+def pays(
+    conv: WinogradPlan, groups: int, instead: Sequence[ConvSpec], isa: Isa, l2_bytes: int
+) -> bool:
+    """Whether a plan, for so many groups, is better than direct convolution of all of these."""
+    fewer = groups * cost(conv, isa, l2_bytes) * (1 + _FOR_EXACTNESS)
     direct = sum(direct_cost(spec, isa, l2_bytes) for spec in instead)
-    return cycles * (1 + _FOR_EXACTNESS) < direct
+    weights = sum(spec.groups * spec.icg * spec.ocg * prod(spec.kernel) * 4 for spec in instead)
+    fewer += _price(groups * conv.weights, isa, l2_bytes)
+    return fewer < direct + _price(weights, isa, l2_bytes)
 
 
 def direct_cost(spec: ConvSpec, isa: Isa, l2_bytes: int) -> float:

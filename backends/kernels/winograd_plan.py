@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import product
 from math import prod
+from typing import Any
 
 from graphopt.backends.kernels.conv_spec import ConvSpec
 from graphopt.backends.kernels.tiling import LINE, Split
@@ -25,11 +26,15 @@ class Region:
 
 @dataclass(frozen=True)
 class PlaceClass:
-    """Places, (row, column) in a tile, that the same tiles have: `rows × columns` of an image."""
+    """Places, (row, column) in a tile, that the same tiles have: `rows × columns` of an image.
+
+    `residues` are those whose part of the kernel has these places.
+    """
 
     places: tuple[tuple[int, int], ...]
     rows: int
     columns: int
+    residues: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class WinogradPlan:
         groups: groups of output channels that are tasks of their own.
         panel_bytes: weights multiplied with a few tiles before the next ones; twice as many with
             many tiles.
-        streams: the weights come from beyond the second-level cache.
+        near_bytes: larger weights come from beyond the second-level cache.
         by_lane: multiply-adds take one lane of a vector.
         in_place: there is `Isa.multiply_add`.
     """
@@ -71,7 +76,7 @@ class WinogradPlan:
     at_once: int
     groups: int
     panel_bytes: int
-    streams: bool
+    near_bytes: int
     by_lane: bool
     in_place: bool
 
@@ -81,10 +86,39 @@ class WinogradPlan:
         return sum(len(each.places) for each in self.classes)
 
     @property
+    def taps(self) -> tuple[int, int]:
+        """Rows and columns of the largest part of the kernel; see `residues`."""
+        return taps(self.spec)
+
+    @property
     def side(self) -> tuple[int, int]:
-        """Rows and columns of a tile's inputs."""
-        (high, wide), (rows, columns) = self.m, self.spec.kernel
+        """Rows and columns of a tile's places."""
+        (high, wide), (rows, columns) = self.m, self.taps
         return high + rows - 1, wide + columns - 1
+
+    @property
+    def residues(self) -> list[tuple[int, int]]:
+        """Rows and columns modulo the stride: each has its part of the input and of the kernel.
+
+        What the parts give by convolutions of stride 1 adds up to that of the stride.
+        """
+        strides = zip(self.spec.stride, self.spec.kernel, strict=True)
+        return list(product(*(range(min(each)) for each in strides)))
+
+    def is_short(self, axis: int, residue: int) -> bool:
+        """Whether this part of the kernel has a tap less, and so no use for the last place."""
+        return self.spec.kernel[axis] - residue <= (self.taps[axis] - 1) * self.spec.stride[axis]
+
+    def slot(self, place: tuple[int, int], residue: tuple[int, int]) -> int | None:
+        """Number of a residue among those that have a place; None if it has not."""
+        having = [r for r in self.residues if self._has(place, r)]
+        return having.index(residue) if residue in having else None
+
+    def _has(self, place: tuple[int, int], residue: tuple[int, int]) -> bool:
+        return not any(
+            self.is_short(axis, residue[axis]) and place[axis] == self.side[axis] - 1
+            for axis in (0, 1)
+        )
 
     @property
     def phases(self) -> int:
@@ -93,11 +127,21 @@ class WinogradPlan:
 
     def transforms(self, axis: int, outputs: int) -> tuple[Matrix, Matrix, Matrix]:
         """Those of rows (axis 0) or columns (1) of tiles with so many outputs there."""
-        return transforms(self.m[axis], self.spec.kernel[axis], outputs)
+        return transforms(self.m[axis], self.taps[axis], outputs)
+
+    def into(self, outputs: tuple[int, int], residue: tuple[int, int]) -> tuple[Matrix, Matrix]:
+        """The transforms of rows and columns of the inputs that a residue has of such a tile."""
+        down, along = (
+            _without_last(matrix) if self.is_short(axis, residue[axis]) else matrix
+            for axis, matrix in (
+                (axis, self.transforms(axis, extent)[2]) for axis, extent in enumerate(outputs)
+            )
+        )
+        return down, along
 
     def kept(self, axis: int, outputs: int) -> tuple[int, ...]:
         """The places that tiles with so many outputs have."""
-        return kept(self.m[axis], self.spec.kernel[axis], outputs)
+        return kept(self.m[axis], self.taps[axis], outputs)
 
     def last(self, axis: int) -> int:
         """Outputs of the last tile of rows (axis 0) or columns (1)."""
@@ -124,16 +168,15 @@ class WinogradPlan:
     @property
     def classes(self) -> list[PlaceClass]:
         """The places by the tiles that have them, in the order in which they are numbered."""
-        found: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        found: dict[Any, list[tuple[int, int]]] = {}
         rows, columns = (
             [size - (place not in self.kept(axis, self.last(axis))) for place in range(side)]
             for axis, (size, side) in enumerate(zip(self.grid, self.side, strict=True))
         )
         for i, j in product(*map(range, self.side)):
-            found.setdefault((rows[i], columns[j]), []).append((i, j))
-        return [
-            PlaceClass(tuple(places), *tiles) for tiles, places in found.items() if all(tiles)
-        ]  # fmt: skip
+            having = tuple(residue for residue in self.residues if self._has((i, j), residue))
+            found.setdefault((rows[i], columns[j], having), []).append((i, j))
+        return [PlaceClass(tuple(places), *key) for key, places in found.items() if all(key)]
 
     @property
     def numbers(self) -> dict[tuple[int, int], int]:
@@ -147,8 +190,31 @@ class WinogradPlan:
     @property
     def multiply_adds(self) -> int:
         """Those of the products, without the transforms."""
-        tiles = sum(len(each.places) * each.rows * each.columns for each in self.classes)
+        tiles = sum(
+            len(each.places) * each.rows * each.columns * len(each.residues)
+            for each in self.classes
+        )
         return self.phases * tiles * self.spec.icg * self.spec.ocg
+
+    @property
+    def streams(self) -> bool:
+        """Whether the weights come from beyond the second-level cache."""
+        return self.weights > self.near_bytes
+
+    @property
+    def growth(self) -> float:
+        """Weights in all, beside those of direct convolution."""
+        return self.transformed / prod(self.spec.kernel)
+
+    @property
+    def transformed(self) -> int:
+        """Places of all residues: transformed inputs of a tile's channel, weights of a pair."""
+        return sum(len(each.places) * len(each.residues) for each in self.classes)
+
+    @property
+    def weights(self) -> int:
+        """Bytes of the packed weights."""
+        return self.transformed * self.spec.icg * self.out_tiles * self.width * 4
 
     @property
     def operations(self) -> int:
@@ -156,10 +222,11 @@ class WinogradPlan:
         total = 2 * self.multiply_adds
         for region in self.regions:
             tiles = self.phases * region.rows[1] * region.columns[1]
-            (back_down, _, down), (back_along, _, along) = (
-                self.transforms(axis, extent) for axis, extent in enumerate(region.outputs)
+            back_down, back_along = (
+                self.transforms(axis, extent)[0] for axis, extent in enumerate(region.outputs)
             )
-            total += tiles * self.spec.icg * self.groups * operations(down, along)
+            into = sum(operations(*self.into(region.outputs, each)) for each in self.residues)
+            total += tiles * self.spec.icg * self.groups * into
             total += tiles * self.spec.ocg * operations(back_down, back_along)
         return total
 
@@ -183,10 +250,9 @@ class WinogradPlan:
         """Tasks in all."""
         return self.cut.count * self.groups
 
-    @property
-    def depth_parts(self) -> int:
+    def depth_parts(self, each: PlaceClass) -> int:
         """Equal parts the input channels are multiplied in: a panel of weights stays close."""
-        full, rest = divmod(self.spec.icg, self.block)
+        full, rest = divmod(len(each.residues) * self.spec.icg, self.block)
         block_bytes = self.width * self.block * 4
         panel = self.panel_bytes * (2 if self.cut.size >= _LARGE_CUT else 1)
         if rest or full * block_bytes <= 2 * panel:
@@ -201,7 +267,7 @@ class WinogradPlan:
         A transform touches every place of a tile: strides that are multiples of 4 KB would put them
         all into one set of the cache.
         """
-        return self.in_blocks * self.cut.size * self.block + LINE
+        return len(self.residues) * self.in_blocks * self.cut.size * self.block + LINE
 
     @property
     def products_stride(self) -> int:
@@ -215,5 +281,17 @@ class WinogradPlan:
 
     def describe(self) -> str:
         """For the report."""
-        (high, wide), (rows, columns) = self.m, self.spec.kernel
-        return f"winograd F({high}×{wide},{rows}×{columns}) {self.width}×{self.pixels}"
+        (high, wide), (rows, columns) = self.m, self.taps
+        parts = "" if len(self.residues) == 1 else f"·{len(self.residues)}"
+        return f"winograd F({high}×{wide},{rows}×{columns}){parts} {self.width}×{self.pixels}"
+
+
+def taps(spec: ConvSpec) -> tuple[int, int]:
+    """Rows and columns of the largest part that a stride leaves of a kernel."""
+    down, along = (-(-k // s) for k, s in zip(spec.kernel, spec.stride, strict=True))
+    return down, along
+
+
+def _without_last(matrix: Matrix) -> Matrix:
+    """Without the place at infinity, the only one that the last input matters to."""
+    return tuple(row[:-1] for row in matrix[:-1])

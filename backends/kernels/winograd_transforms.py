@@ -21,6 +21,7 @@ from graphopt.ops.opdef import Expr
 
 _POINTS: dict[int, tuple[int | Fraction, ...]] = {
     1: (),
+    3: (0, 1),
     4: (0, 1, -1),
     5: (0, Fraction(3, 4), Fraction(-3, 4), 2),
     6: (0, Fraction(3, 4), Fraction(-3, 4), Fraction(3, 2), Fraction(-3, 2)),

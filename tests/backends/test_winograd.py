@@ -283,6 +283,70 @@ def test_other_kernels_and_dilation(
     assert origins(program)[1] == "winograd"
 
 
+@pytest.mark.parametrize(
+    ("target", "batch", "kernel", "stride", "padding", "size", "groups"),
+    [
+        ("host", 1, (3, 3), (2, 2), (1, 1), (14, 19), 1),
+        ("host", 3, (3, 3), (2, 2), (0, 0), (15, 8), 1),
+        ("host", 1, (3, 3), (2, 2), (1, 1), (29, 31), 2),
+        ("host", 2, (5, 5), (2, 2), (2, 2), (13, 16), 1),
+        ("host", 1, (4, 4), (2, 2), (1, 1), (12, 17), 1),
+        ("host", 1, (7, 7), (2, 2), (3, 3), (20, 15), 1),
+        ("host", 2, (3, 3), (2, 1), (1, 1), (9, 11), 1),
+        ("host", 1, (1, 3), (1, 2), (0, 1), (5, 21), 1),
+        ("host", 1, (3, 2), (2, 2), (1, 0), (13, 10), 1),
+        ("host", 2, (5, 4), (3, 3), (0, 2), (17, 23), 1),
+        ("host", 1, (3, 1), (2, 2), (1, 0), (13, 10), 1),
+        ("arm", 2, (3, 3), (2, 2), (1, 1), (11, 14), 1),
+        ("x86-64-v2", 1, (3, 3), (2, 2), (1, 1), (10, 9), 2),
+        ("x86-64-v3", 1, (3, 3), (2, 2), (1, 1), (27, 9), 1),
+    ],
+)
+@pytest.mark.parametrize("largest", [False, True])
+def test_strides(
+    target: str, batch: int, kernel: tuple[int, int], stride: tuple[int, int],
+    padding: tuple[int, int], size: tuple[int, int], groups: int, largest: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Parts of a kernel with as many taps and with one less, rows or columns alone."""
+    tiles = winograd._tiles
+    monkeypatch.setattr(winograd, "direct_cost", lambda *_: float("inf"))
+    monkeypatch.setattr(winograd, "_tiles", lambda taps: [sorted(tiles(taps))[-largest]])
+    b = Builder(kernel[0])
+    x = b.conv(b.input(b.random(batch, 3, *size)), 16 * groups, (1, 1))
+    y = b.conv(x, 24 * groups, kernel, padding=list(padding), stride=list(stride), groups=groups)
+    b.returns(b.conv(b.op(aten.silu.default, y), 4, (1, 1)))
+    program = check(b, tolerance=2e-5, target=target, threads=2)
+    assert origins(program)[1] == "winograd"
+
+
+def test_strides_of_the_resnets() -> None:
+    """3×3 with stride 2: faster than direct, but not for eight more megabytes on 7×7."""
+    target = get_target("x86-64-v3")
+    isa, l2_bytes = target.isa, target.l2_bytes
+    chosen = []
+    for channels in (64, 128, 256):
+        size = 3584 // channels
+        spec = ConvSpec(1, 1, channels, 2 * channels, (size, size), (size // 2, size // 2), (3, 3),
+                        stride=(2, 2), padding=(1, 1))  # fmt: skip
+        best = winograd.plan(spec, isa, l2_bytes)
+        chosen.append(winograd.pays(best, 1, [spec], isa, l2_bytes))
+        assert best.operations < 0.8 * spec.flops
+    assert chosen == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("stride", "dilation", "channels"), [((2, 2), (2, 2), 16), ((2, 2), (1, 1), 12)]
+)
+def test_strides_that_are_direct(
+    stride: tuple[int, int], dilation: tuple[int, int], channels: int
+) -> None:
+    """With dilation, and where the channels are no whole blocks."""
+    spec = ConvSpec(1, 1, channels, 16, (20, 20), (9, 9), (3, 3), stride, dilation=dilation)
+    assert not winograd.supports(spec, 8)
+    assert winograd.supports(dataclasses.replace(spec, icg=16, dilation=(1, 1)), 8)
+
+
 def test_one_dimension(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(winograd, "direct_cost", lambda *_: float("inf"))
     b = Builder(1)
