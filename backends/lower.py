@@ -154,6 +154,7 @@ class Lowering:
                 scratch=source.scratch,
                 origin=G.merge_origins(group.nodes),
                 flops=source.flops,
+                own_flops=source.flops if source.own_flops is None else source.own_flops,
                 ops=tuple(OPS[node.target].name for node in group.nodes),
             )
         )

@@ -36,7 +36,6 @@ from bench import onnx_models, peak
 from bench.common_layers import COMMON_LAYERS
 from bench.layers import Layer, build, layers_of, parse
 from graphopt.backends.codegen import compile_kernels
-from graphopt.backends.kernels import winograd_choice
 from graphopt.backends.kernels.base import Alternatives
 from graphopt.backends.lower import TUNED, lower
 from graphopt.backends.target import Target, host
@@ -89,15 +88,6 @@ def algorithm_of(generator: str) -> str:
     return rest[0] if name == "winograd" else name
 
 
-def own_flops(layer: Layer, generator: str, flops: int, target: Target) -> int:
-    """Operations of the kernel: Winograd's are those of its products and transforms."""
-    spec = layer.conv_spec
-    if not generator.startswith("winograd") or spec is None:
-        return flops
-    plans = winograd_choice.plans(spec, target.isa, target.l2_bytes, target.cores)
-    return next(spec.groups * p.operations for p in plans if p.describe() == generator)
-
-
 def prepare(layer: Layer, choice: str | None, target: Target, folder: Path) -> Candidate:
     """Build a layer one way."""
     graph, op = build(layer)
@@ -107,8 +97,7 @@ def prepare(layer: Layer, choice: str | None, target: Target, folder: Path) -> C
     artifact = build_artifact(program, target, compile_kernels(program, target), folder)
     step = program.steps[number]
     generator = step.kernel.origin.removesuffix(TUNED)
-    flops = own_flops(layer, generator, step.flops, target)
-    return Candidate(generator, flops, load(artifact.folder, 1), number)
+    return Candidate(generator, step.own_flops, load(artifact.folder, 1), number)
 
 
 def step_of(layer: Layer, program: Program, op: str) -> int:

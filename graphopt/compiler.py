@@ -149,8 +149,8 @@ def compile(
         threads: default number of threads of the library (None: 1); a program that uses it can
             choose another when it creates a context.
         name: prefix of all the library's symbols and files, a C identifier.
-        winograd: whether convolutions of stride 1, and transposed ones, may use Winograd's
-            algorithm where it is estimated to be faster. It rounds differently (error up to about
+        winograd: whether convolutions, transposed ones too, may use Winograd's algorithm where
+            it is estimated to be faster. It rounds differently (error up to about
             2e-6 of a layer's largest output with kernels of 3×3, 8e-6 with larger ones, where
             direct convolution has 5e-7) and its weights take up to five times the flash.
         tune: what `graphopt.tune` measured: a file or a `TuningDatabase`. It decides on algorithms

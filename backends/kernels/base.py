@@ -97,6 +97,7 @@ class KernelSource:
         scratch: bytes of scratch per thread.
         in_place: nodes whose memory the output may take over, because every element is read only
             by the task, and before the store, that writes the same place.
+        own_flops: operations that its algorithm does, where they are others than `flops`.
     """
 
     origin: str
@@ -107,6 +108,7 @@ class KernelSource:
     constants: Sequence[npt.NDArray[Any]] = field(default_factory=tuple)
     scratch: int = 0
     in_place: Sequence[fx.Node] = ()
+    own_flops: int | None = None
 
 
 @dataclass(frozen=True)

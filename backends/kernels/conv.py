@@ -237,7 +237,8 @@ def _product(
     reads = request.reads_without(call["weight"])
     return KernelSource(product.origin, product.tasks, spec.flops, emit, reads,
                         (product.pack(weight),), scratch=product.scratch,
-                        in_place=same_place(request, taken=[source]))  # fmt: skip
+                        in_place=same_place(request, taken=[source]),
+                        own_flops=product.own_flops)  # fmt: skip
 
 
 def epilogue_store(request: Request, group: Group, out: View, index: Any) -> Any:

@@ -46,6 +46,7 @@ class Product:
         scratch: bytes of scratch per thread.
         pack: packs `(groups·ocg, icg, KH, KW)` weights.
         emit: `emit(task, weights, scratch, access)` emits one task.
+        own_flops: operations that the algorithm does, where they are others than the layer's.
     """
 
     origin: str
@@ -54,6 +55,7 @@ class Product:
     scratch: int
     pack: Callable[[npt.NDArray[Any]], npt.NDArray[np.float32]]
     emit: Callable[[Expr, Any, Any, Accessors], None]
+    own_flops: int | None = None
 
 
 def products(
@@ -149,7 +151,8 @@ def _winograd(plan: WinogradPlan, groups: int, target: Target) -> Product:
             access = _of_group(access, number * plan.spec.icg, number * plan.spec.ocg)
         winograd.emit(plan, task, weights, scratch, access)
 
-    return Product(plan.describe(), cycles, groups * plan.tasks, plan.scratch, pack, emit)
+    return Product(plan.describe(), cycles, groups * plan.tasks, plan.scratch, pack, emit,
+                   own_flops=groups * plan.operations)  # fmt: skip
 
 
 def _of_group(access: Accessors, first_in: Expr, first_out: Expr) -> Accessors:

@@ -264,7 +264,7 @@ def _lower_joint(
     reads = request.reads_without(call["weight"])
     origin = f"transposed joint {joint.origin}"
     return KernelSource(origin, joint.tasks, flops, emit, reads, (joint.pack(weight),),
-                        scratch=joint.scratch,
+                        scratch=joint.scratch, own_flops=joint.own_flops,
                         in_place=same_place(request, taken=[source]))  # fmt: skip
 
 

@@ -43,7 +43,7 @@ _MOST_BLOCKS = 5
 _MOST_TILES = 48
 _MOST_OF_IMAGES = 64
 """Tiles in a task; of whole images more, since their last tiles save up to a quarter."""
-_MOST_PLACES = {2: 6, 3: 6, 4: 8, 5: 8, 6: 8, 7: 8}
+_MOST_PLACES = {2: 5, 3: 6, 4: 8, 5: 8, 6: 8, 7: 8}
 _MOST_PLACES_ALONE = 10
 """Places of a tile's side by the kernel's longer side, and where the kernel is a row or a column.
 Of F(6×6,3×3) the error would be four times that of F(4×4,3×3), for 0 to 14 % of the time; larger

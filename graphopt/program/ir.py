@@ -76,6 +76,7 @@ class Step:
         scratch: bytes of scratch memory each thread needs (0: the kernel has no such parameter).
         origin: where in the user's model the work comes from.
         flops: floating-point operations of the whole step (a multiply-add is two).
+        own_flops: those that the kernel's algorithm does: of Winograd's there are fewer.
         ops: the graph ops fused into it, for the report.
     """
 
@@ -88,6 +89,7 @@ class Step:
     scratch: int = 0
     origin: tuple[str, ...] = ()
     flops: int = 0
+    own_flops: int = 0
     ops: tuple[str, ...] = ()
 
 
