@@ -21,8 +21,7 @@ a tap less, F(m)'s points without infinity are enough for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from itertools import product
 from typing import Any
@@ -45,13 +44,12 @@ from graphopt.backends.kernels.conv_spec import Accessors
 from graphopt.backends.kernels.lanes import multiply, multiply_by_lanes, vectors_of
 from graphopt.backends.kernels.tiling import LINE, TOGETHER, split
 from graphopt.backends.kernels.winograd_plan import PlaceClass, WinogradPlan
+from graphopt.backends.kernels.winograd_tiles import Tile, tiles_of
 from graphopt.backends.kernels.winograd_transforms import transforms, two_sided
 from graphopt.ops.opdef import Expr
 
 _PANELS_AHEAD = 3
 """How long before their use weights from beyond the second-level cache are asked for."""
-_LONG = 2
-"""How many times a task's tiles a row has where looking for them costs more than divisions."""
 
 
 def pack_weights(weight: npt.NDArray[Any], conv: WinogradPlan) -> npt.NDArray[np.float32]:
@@ -93,7 +91,7 @@ def emit(conv: WinogradPlan, task: Expr, weights: Any, scratch: Any, access: Acc
     )  # fmt: skip
     part, group = unflatten(task, [conv.cut.count, conv.groups])
     with loop(conv.in_blocks) as cb:
-        for tile in _tiles(conv, part):
+        for tile in tiles_of(conv, part):
             _ask_for_input(conv, tile, cb, access)
             with loop(block // conv.lanes) as piece:
                 for residue in conv.residues:
@@ -113,7 +111,7 @@ def emit(conv: WinogradPlan, task: Expr, weights: Any, scratch: Any, access: Acc
             behind += len(each.places) * parts * conv.at_once * panel
         fence(access.fence)
         with loop(conv.at_once) as j:
-            for tile in _tiles(conv, part):
+            for tile in tiles_of(conv, part):
                 with loop(conv.vectors) as v:
                     start = (first_tile + j) * conv.width
                     _ask_for_output(conv, tile, start + v * block, access)
@@ -122,79 +120,7 @@ def emit(conv: WinogradPlan, task: Expr, weights: Any, scratch: Any, access: Acc
                         _transform_output(conv, products, tile, j, start, first, access)
 
 
-@dataclass(frozen=True)
-class _Tile:
-    """A tile, or all those that a loop around stands for.
-
-    Attributes:
-        n: the image.
-        row: where its outputs start.
-        column: likewise.
-        outputs: their extents.
-        fits: whether all of them are inside the image.
-        number: its number among a task's tiles that have a place (row, column).
-        places: the places of each axis that it has.
-    """
-
-    n: Expr
-    row: Expr
-    column: Expr
-    outputs: tuple[int, int]
-    fits: bool
-    number: Callable[[int, int], Expr]
-    places: tuple[tuple[int, ...], tuple[int, ...]]
-
-
-def _tiles(conv: WinogradPlan, part: Expr) -> Iterator[_Tile]:
-    """A task's tiles: what the caller emits for each one is within loops over the others."""
-    spec, size = conv.spec, conv.cut.size
-    steps = [m * d for m, d in zip(conv.m, spec.dilation, strict=True)]
-
-    def start(phase: Expr, y: Expr, x: Expr) -> tuple[Expr, Expr, Expr]:
-        """The image, row and column of a phase's first output."""
-        if spec.dilation == (1, 1):
-            return phase, y * steps[0], x * steps[1]
-        n, row, column = unflatten(phase, [spec.batch, *spec.dilation])
-        return n, y * steps[0] + row, x * steps[1] + column
-
-    if not conv.images:
-        # Whole rows of tiles, without those of other tasks: LLVM makes poor code of any loops but
-        # those of constant length.
-        high, wide = conv.grid
-        first = part * size
-        count = tirx.min(size, conv.cut.total - first)
-        fits = all(extent % step == 0 for extent, step in zip(spec.out_size, steps, strict=True))
-        places = tuple(range(conv.side[0])), tuple(range(conv.side[1]))
-        if wide >= _LONG * size:
-            with loop(size) as t, T.If(t < count), T.Then():
-                phase, row, column = unflatten(first + t, [conv.phases, high, wide])
-                yield _Tile(*start(phase, row, column), conv.m, fits, lambda i, j: t, places)
-            return
-        with loop(min(conv.cut.total, size + 2 * wide - 2) // wide) as y, loop(wide) as column:
-            t = y * wide + column - first % wide
-            with T.If(tirx.all(t >= 0, t < count)), T.Then():
-                phase, row = unflatten(first // wide + y, [conv.phases, high])
-                yield _Tile(*start(phase, row, column), conv.m, fits, lambda i, j: t, places)
-        return
-    columns = {place: each.columns for each in conv.classes for place in each.places}
-    rows = {place: each.rows for each in conv.classes for place in each.places}
-    for region in conv.regions:
-        with (
-            loop(conv.images) as image, loop(region.rows[1]) as y, loop(region.columns[1]) as x,
-        ):  # fmt: skip
-            row, column = region.rows[0] + y, region.columns[0] + x
-
-            def number(
-                i: int, j: int, image: Expr = image, row: Expr = row, column: Expr = column
-            ) -> Expr:
-                return (image * rows[i, j] + row) * columns[i, j] + column
-
-            high, wide = region.outputs
-            yield _Tile(*start(part * conv.images + image, row, column), region.outputs, True,
-                        number, (conv.kept(0, high), conv.kept(1, wide)))  # fmt: skip
-
-
-def _ask_for_input(conv: WinogradPlan, tile: _Tile, cb: Expr, access: Accessors) -> None:
+def _ask_for_input(conv: WinogradPlan, tile: Tile, cb: Expr, access: Accessors) -> None:
     """Columns that the tile after the next one reads, the first ones of which the next one has."""
     spec, (down, along), (over, step) = conv.spec, conv.spec.dilation, conv.spec.stride
     wide = conv.m[1] * step
@@ -211,7 +137,7 @@ def _pixels_of_a_line(conv: WinogradPlan) -> int:
 
 
 def _transform_input(
-    conv: WinogradPlan, inputs: Any, tile: _Tile, residue: tuple[int, int], cb: Expr, first: Expr,
+    conv: WinogradPlan, inputs: Any, tile: Tile, residue: tuple[int, int], cb: Expr, first: Expr,
     access: Accessors,
 ) -> None:  # fmt: skip
     """Bᵀ d B of a vector of a block's channels, from `first` on, of one tile, into scratch.
@@ -233,9 +159,8 @@ def _transform_input(
 
     def put(i: int, j: int, lane: Expr, value: Expr) -> None:
         place = tile.places[0][i], tile.places[1][j]
-        slot = conv.slot(place, residue)
-        assert slot is not None
-        number = (slot * conv.in_blocks + cb) * conv.cut.size + tile.number(*place)
+        channels = conv.having(place).index(residue) * conv.in_blocks + cb
+        number = channels * conv.cut.size + tile.number(*place)
         T.buffer_store(inputs, value, [numbers[place], number * block + first + lane])
 
     def load(tile_: Any, i: int, j: int) -> None:
@@ -348,7 +273,7 @@ def _product(
     each_slot(lambda slot, place_: T.buffer_store(products, acc[slot], place_))
 
 
-def _ask_for_output(conv: WinogradPlan, tile: _Tile, channel: Expr, access: Accessors) -> None:
+def _ask_for_output(conv: WinogradPlan, tile: Tile, channel: Expr, access: Accessors) -> None:
     """What the next tile stores, over one of the epilogue's operands perhaps."""
     assert access.out is not None
     (high, wide), (down, along) = tile.outputs, conv.spec.dilation
@@ -359,7 +284,7 @@ def _ask_for_output(conv: WinogradPlan, tile: _Tile, channel: Expr, access: Acce
 
 
 def _transform_output(
-    conv: WinogradPlan, products: Any, tile: _Tile, j: Expr, start: Expr, first: Expr,
+    conv: WinogradPlan, products: Any, tile: Tile, j: Expr, start: Expr, first: Expr,
     access: Accessors,
 ) -> None:  # fmt: skip
     """Aᵀ (…) A of a vector of channels of one tile, the epilogue and the stores.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from math import prod
-from typing import Any
 
 from graphopt.backends.kernels.conv_spec import ConvSpec
 from graphopt.backends.kernels.tiling import LINE, Split
@@ -85,7 +85,7 @@ class WinogradPlan:
         """Transformed places of a tile."""
         return sum(len(each.places) for each in self.classes)
 
-    @property
+    @cached_property
     def taps(self) -> tuple[int, int]:
         """Rows and columns of the largest part of the kernel; see `residues`."""
         return taps(self.spec)
@@ -96,7 +96,7 @@ class WinogradPlan:
         (high, wide), (rows, columns) = self.m, self.taps
         return high + rows - 1, wide + columns - 1
 
-    @property
+    @cached_property
     def residues(self) -> list[tuple[int, int]]:
         """Rows and columns modulo the stride: each has its part of the input and of the kernel.
 
@@ -109,15 +109,13 @@ class WinogradPlan:
         """Whether this part of the kernel has a tap less, and so no use for the last place."""
         return self.spec.kernel[axis] - residue <= (self.taps[axis] - 1) * self.spec.stride[axis]
 
-    def slot(self, place: tuple[int, int], residue: tuple[int, int]) -> int | None:
-        """Number of a residue among those that have a place; None if it has not."""
-        having = [r for r in self.residues if self._has(place, r)]
-        return having.index(residue) if residue in having else None
-
-    def _has(self, place: tuple[int, int], residue: tuple[int, int]) -> bool:
-        return not any(
-            self.is_short(axis, residue[axis]) and place[axis] == self.side[axis] - 1
-            for axis in (0, 1)
+    def having(self, place: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+        """The residues that have a place, in the order in which their channels are multiplied."""
+        is_last = [at == size - 1 for at, size in zip(place, self.side, strict=True)]
+        return tuple(
+            residue
+            for residue in self.residues
+            if not any(is_last[axis] and self.is_short(axis, residue[axis]) for axis in (0, 1))
         )
 
     @property
@@ -131,13 +129,14 @@ class WinogradPlan:
 
     def into(self, outputs: tuple[int, int], residue: tuple[int, int]) -> tuple[Matrix, Matrix]:
         """The transforms of rows and columns of the inputs that a residue has of such a tile."""
-        down, along = (
-            _without_last(matrix) if self.is_short(axis, residue[axis]) else matrix
-            for axis, matrix in (
-                (axis, self.transforms(axis, extent)[2]) for axis, extent in enumerate(outputs)
-            )
-        )
-        return down, along
+        found = []
+        for axis, extent in enumerate(outputs):
+            matrix = self.transforms(axis, extent)[2]
+            if self.is_short(axis, residue[axis]):
+                # Without the place at infinity, the only one that the last input matters to.
+                matrix = tuple(row[:-1] for row in matrix[:-1])
+            found.append(matrix)
+        return found[0], found[1]
 
     def kept(self, axis: int, outputs: int) -> tuple[int, ...]:
         """The places that tiles with so many outputs have."""
@@ -165,17 +164,17 @@ class WinogradPlan:
             for x, columns, wide in cuts[1]
         ]  # fmt: skip
 
-    @property
+    @cached_property
     def classes(self) -> list[PlaceClass]:
         """The places by the tiles that have them, in the order in which they are numbered."""
-        found: dict[Any, list[tuple[int, int]]] = {}
+        found: dict[tuple[int, int, tuple[tuple[int, int], ...]], list[tuple[int, int]]] = {}
         rows, columns = (
             [size - (place not in self.kept(axis, self.last(axis))) for place in range(side)]
             for axis, (size, side) in enumerate(zip(self.grid, self.side, strict=True))
         )
         for i, j in product(*map(range, self.side)):
-            having = tuple(residue for residue in self.residues if self._has((i, j), residue))
-            found.setdefault((rows[i], columns[j], having), []).append((i, j))
+            key = rows[i], columns[j], self.having((i, j))
+            found.setdefault(key, []).append((i, j))
         return [PlaceClass(tuple(places), *key) for key, places in found.items() if all(key)]
 
     @property
@@ -290,8 +289,3 @@ def taps(spec: ConvSpec) -> tuple[int, int]:
     """Rows and columns of the largest part that a stride leaves of a kernel."""
     down, along = (-(-k // s) for k, s in zip(spec.kernel, spec.stride, strict=True))
     return down, along
-
-
-def _without_last(matrix: Matrix) -> Matrix:
-    """Without the place at infinity, the only one that the last input matters to."""
-    return tuple(row[:-1] for row in matrix[:-1])
