@@ -102,8 +102,8 @@ class WinogradPlan:
 
         What the parts give by convolutions of stride 1 adds up to that of the stride.
         """
-        strides = zip(self.spec.stride, self.spec.kernel, strict=True)
-        return list(product(*(range(min(each)) for each in strides)))
+        rows, columns = zip(self.spec.stride, self.spec.kernel, strict=True)
+        return list(product(range(min(rows)), range(min(columns))))
 
     def is_short(self, axis: int, residue: int) -> bool:
         """Whether this part of the kernel has a tap less, and so no use for the last place."""
