@@ -16,6 +16,7 @@ from graphopt.passes import (
     _canonical_layers,
     _canonical_shapes,
     _canonical_windows,
+    _canonical_writes,
 )
 from graphopt.passes._canonical import Handler, Outcome
 from graphopt.passes._nodes import aten, bind, calls, parameters, results, same_type
@@ -27,6 +28,7 @@ TABLE: dict[Any, Handler] = {
     **_canonical_arithmetic.HANDLERS,
     **_canonical_layers.HANDLERS,
     **_canonical_windows.HANDLERS,
+    **_canonical_writes.HANDLERS,
 }
 
 # Give a view of their input: writing in place to what they return would write to the input too.

@@ -135,6 +135,22 @@ CASES: dict[str, tuple[Callable[[Build], Made], list[str]]] = {
             *["add", "reshape", "reshape", "slice"],
         ],
     ),
+    "index_copy to neighbouring places": (
+        lambda b: b.call(
+            aten.index_copy.default, image(b), 2, b.const(torch.arange(1, 4)), b.input(2, 4, 3, 5)
+        ),
+        ["slice", "slice", "cat"],
+    ),
+    "index_copy to scattered places": (
+        lambda b: b.call(
+            aten.index_copy.default,
+            image(b),
+            2,
+            b.const(torch.tensor([1, 3, 2])),
+            b.input(2, 4, 3, 5),
+        ),
+        ["index_copy"],
+    ),
     "channel_shuffle": (
         lambda b: b.call(aten.channel_shuffle.default, image(b), 2),
         ["reshape", "permute", "reshape"],
