@@ -195,50 +195,6 @@ def _crossed(places: list[tuple[int, torch.Tensor]]) -> bool:
     return dims == list(range(dims[0], dims[0] + len(dims))) and axes == sorted(set(axes))
 
 
-def _slice_scatter(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
-    """slice_scatter → cat of what stays and what is new."""
-    x, dim, step = a["self"], wrap(a["dim"], rank(node)), a["step"]
-    size = shape(x)[dim]
-    start, end, step = slice(a["start"], a["end"], step).indices(size)
-    if step != 1:
-        return Refusal(f"a step of {step}")
-    parts = [
-        (cut(ed, x, dim, 0, start), start),
-        (a["src"], 1),
-        (cut(ed, x, dim, end, size), size - end),
-    ]
-    kept = [part for part, extent in parts if extent]
-    return kept[0] if len(kept) == 1 else ed.call(aten.cat.default, kept, dim)
-
-
-def _copy(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
-    """copy → the source, in the type and the shape of what it overwrites."""
-    source = a["src"]
-    if value(source).dtype != value(node).dtype:
-        source = ed.call(aten._to_copy.default, source, dtype=value(node).dtype)
-    return ed.call(aten.expand.default, source, list(shape(node)))
-
-
-def _index_put(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
-    """x[:, places] = values → index_copy."""
-    x = a["self"]
-    given = [(dim, index) for dim, index in enumerate(a["indices"]) if index is not None]
-    if a["accumulate"] or len(given) != 1:
-        return Refusal("adding to elements, or places given by several tensors")
-    dim, index = given[0]
-    if len(shape(index)) != 1 or value(index).dtype not in (torch.int32, torch.int64):
-        return Refusal("places that are not a vector of integers")
-    sizes = [*shape(x)[:dim], shape(index)[0], *shape(x)[dim + 1 :]]
-    values = ed.call(aten.expand.default, a["values"], sizes)
-    places = index
-    if value(index).dtype != torch.int64:
-        places = ed.call(aten._to_copy.default, index, dtype=torch.int64)
-    negative = ed.call(aten.lt.Scalar, places, 0)
-    wrapped = ed.call(aten.add.Tensor, places, shape(x)[dim])
-    places = ed.call(aten.where.self, negative, wrapped, places)
-    return ed.call(aten.index_copy.default, x, dim, places, values)
-
-
 def _gathered(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
     """index_select, gather: only get their `dim` counted from the front."""
     x = a["self"]
@@ -393,9 +349,6 @@ HANDLERS: dict[Any, Handler] = {
     aten.pad.default: _pad,
     aten.index.Tensor: _index,
     aten._unsafe_index.Tensor: _index,
-    aten.index_put.default: _index_put,
-    aten.slice_scatter.default: _slice_scatter,
-    aten.copy.default: _copy,
     **dict.fromkeys([aten.index_select.default, aten.gather.default], _gathered),
     **dict.fromkeys(
         [

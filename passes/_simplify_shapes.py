@@ -278,6 +278,33 @@ def _flatten_cat(ed: Editor, node: fx.Node) -> fx.Node:
     return ed.call(aten.cat.default, parts, a["dim"])
 
 
+def _permute_of_cat(_gm: fx.GraphModule, node: fx.Node) -> Pair | None:
+    """A permute of a cat most of which is permuted the other way round."""
+    cat = _source(node)
+    if not calls(cat, aten.cat.default) or only_user(cat) is not node:
+        return None
+    undone = [part for part in bind(cat)["tensors"] if _undoes(node, part)]
+    return (cat, node) if 2 * sum(value(x).numel() for x in undone) > value(cat).numel() else None
+
+
+def _undoes(outer: fx.Node, inner: fx.Node) -> bool:
+    """Whether two permutes together move dimensions of size 1 only."""
+    if not calls(inner, aten.permute.default):
+        return False
+    first: Any = inner.args[1]
+    then: Any = outer.args[1]
+    order = [first[dim] for dim in then if shape(inner)[dim] != 1]
+    return order == sorted(order)
+
+
+def _permute_before_cat(ed: Editor, pair: Pair) -> fx.Node:
+    cat, permute = pair
+    a = bind(cat)
+    order: Any = permute.args[1]
+    parts = [ed.call(aten.permute.default, part, order) for part in a["tensors"]]
+    return ed.call(aten.cat.default, parts, order.index(a["dim"]))
+
+
 def _lossless_cast(_gm: fx.GraphModule, node: fx.Node) -> Pair | None:
     inner = _source(node)
     if not calls(inner, aten._to_copy.default):
@@ -323,6 +350,12 @@ RULES: tuple[Rule[Any], ...] = (
         (aten.reshape.default,),
         _heads_of_slice,
         _reshape_before_slice,
+    ),
+    Rule(
+        "permute before cat where that undoes a permute",
+        (aten.permute.default,),
+        _permute_of_cat,
+        _permute_before_cat,
     ),
     Rule("slice before permute", (aten.slice.Tensor,), _slice_of_permute, _slice_before_permute),
     Rule("merge reshapes", (aten.reshape.default,), _twice(aten.reshape.default), _skip_inner),

@@ -11,7 +11,13 @@ from torch import fx
 from torch._ops import OpOverload
 
 from graphopt import graph as g
-from graphopt.passes import _canonical_arithmetic, _canonical_layers, _canonical_shapes
+from graphopt.passes import (
+    _canonical_arithmetic,
+    _canonical_layers,
+    _canonical_shapes,
+    _canonical_windows,
+    _canonical_writes,
+)
 from graphopt.passes._canonical import Handler, Outcome
 from graphopt.passes._nodes import aten, bind, calls, parameters, results, same_type
 from graphopt.passes.base import APPROX, Context, NoteBook, Pass, PassResult
@@ -21,6 +27,8 @@ TABLE: dict[Any, Handler] = {
     **_canonical_shapes.HANDLERS,
     **_canonical_arithmetic.HANDLERS,
     **_canonical_layers.HANDLERS,
+    **_canonical_windows.HANDLERS,
+    **_canonical_writes.HANDLERS,
 }
 
 # Give a view of their input: writing in place to what they return would write to the input too.

@@ -177,18 +177,27 @@ def collapsible(request: Request, axes: Sequence[int]) -> bool:
     return all(G.shape(node) == shape for node in request.epilogue)
 
 
+def walked_axis(shape: Sequence[int], axes: Sequence[int]) -> int:
+    """The one of `axes` that stands for all when they are walked as one.
+
+    The last that is longer than 1: along the others broadcasting takes every index for 0.
+    """
+    return next((axis for axis in reversed(axes) if shape[axis] > 1), axes[-1])
+
+
 def collapse(view: View, shape: Sequence[int], axes: Sequence[int]) -> View:
     """The view with its `axes` (neighbours, aligned to `shape` from the right) made one.
 
-    The last of them gets the whole extent, the others become 1, so indices keep their rank.
+    `walked_axis` gets the whole extent, the others become 1, so indices keep their rank.
     """
     own = view.spec.shape
     offset = len(shape) - len(own)
     mine = [axis - offset for axis in axes if axis >= offset]
-    if not mine:
+    whole = walked_axis(shape, axes) - offset
+    if whole not in mine:
         return view
     merged = list(own)
     for axis in mine:
         merged[axis] = 1
-    merged[mine[-1]] = prod(own[axis] for axis in mine)
+    merged[whole] = prod(own[axis] for axis in mine)
     return view.reshaped(tuple(merged))

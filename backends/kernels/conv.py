@@ -20,6 +20,7 @@ from graphopt.backends.kernels.base import (
     collapse,
     collapsible,
     same_place,
+    walked_axis,
 )
 from graphopt.backends.kernels.builder import View
 from graphopt.backends.kernels.conv_frames import Frames, frames_of
@@ -102,7 +103,8 @@ class _View:
     Attributes:
         spec: the convolution as it is walked.
         one_row: all pixels are one row, as a pointwise convolution allows.
-        column: rows and columns are exchanged, as an image of one column is better off.
+        column: rows and columns are exchanged, as an image of one column is better off; with
+            `one_row`, the index of a pixel is that of its row.
         window: rows and columns of the windows whose elements are taken for channels.
         frames: how a 3-D convolution is a 2-D one.
     """
@@ -140,7 +142,9 @@ def _view_of(request: Request, spec: ConvSpec) -> _View:
     is_image = len(request.call.shape) == 4
     pointwise = spec.kernel == (1, 1) == spec.stride and spec.padding == (0, 0)
     if is_image and pointwise and collapsible(request, (2, 3)):
-        return _View(_one_row(spec), one_row=True)
+        return _View(
+            _one_row(spec), one_row=True, column=walked_axis(request.call.shape, (2, 3)) == 2
+        )
     if is_image and spec.in_size[1] == 1 and spec.kernel[1] == 1:
         return _View(_swapped(spec), column=True)
     return _View(spec)

@@ -19,6 +19,7 @@ from graphopt.backends.kernels.base import (
     collapse,
     collapsible,
     same_place,
+    walked_axis,
 )
 from graphopt.backends.kernels.builder import View, unflatten
 from graphopt.backends.kernels.conv_product import Product, key_of, products
@@ -106,6 +107,7 @@ def _product(
     bias = request.call.arguments.get("bias")
     plain, merge = _is_plain(request), _merges(request)
     lead = tuple(range(len(shape) - 1))
+    walked = walked_axis(shape, lead) if merge else 0
     m, n_in = spec.out_size[1], spec.icg
 
     def emit(
@@ -122,7 +124,7 @@ def _product(
 
         def index(row: Expr, c: Expr) -> Index:
             if merge:
-                return (*(0 for _ in lead[:-1]), row, c)
+                return (*(row if axis == walked else 0 for axis in lead), c)
             return (*unflatten(row, shape[:-1]), c)
 
         def load(row: Expr, c: Expr) -> Expr:

@@ -45,6 +45,7 @@ KEPT: tuple[Any, ...] = (
     aten.max_pool2d.default,
     aten.avg_pool2d.default,
     aten.adaptive_avg_pool2d.default,
+    aten.col2im.default,
     aten.upsample_nearest2d.vec,
     aten.upsample_bilinear2d.vec,
     aten.upsample_linear1d.vec,

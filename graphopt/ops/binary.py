@@ -22,6 +22,7 @@ from graphopt.ops.scalar import (
     truth,
     wide,
 )
+from graphopt.ops.trigonometry import atan2
 
 _aten = torch.ops.aten
 
@@ -340,6 +341,12 @@ BINARY: tuple[OpDef, ...] = (
             Sample(lambda g, e=e: (torch.rand(37, generator=g) * 4, e))  # type: ignore[misc]
             for e in (0, 1, 2, 3, -2, 0.5, -0.5, 1.5, 0.3, 11)
         ),
+    ),
+    _binary(
+        "atan2",
+        (_aten.atan2.default,),
+        lambda call, a, b: atan2(wide(to_dtype(a, call.dtype)), wide(to_dtype(b, call.dtype))),
+        check=refuse_double,
     ),
     _binary("maximum", (_aten.maximum.default,), lambda call, a, b: larger(wide(a), wide(b))),
     _binary("minimum", (_aten.minimum.default,), lambda call, a, b: smaller(wide(a), wide(b))),

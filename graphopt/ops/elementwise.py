@@ -9,6 +9,7 @@ import torch
 from tvm import tirx
 
 from graphopt.ops import math as m
+from graphopt.ops import trigonometry
 from graphopt.ops.binary import BINARY, larger, smaller
 from graphopt.ops.math import at_least, at_most, const, dtype_of, equal, is_nan, share
 from graphopt.ops.opdef import Call, Expr, Kind, OpDef, Sample
@@ -189,6 +190,9 @@ UNARY: tuple[OpDef, ...] = (
     _transcendental("tanh", m.tanh),
     _transcendental("exp", m.exp, unary_samples(scale=30.0)),
     _transcendental("log", m.log_natural),
+    _transcendental("exp2", m.exp2, unary_samples(scale=30.0)),
+    _transcendental("log2", m.log2),
+    _transcendental("log10", m.log10),
     _transcendental("log1p", m.log1p),
     _transcendental("expm1", m.expm1),
     _transcendental("sqrt", tirx.sqrt),
@@ -197,6 +201,9 @@ UNARY: tuple[OpDef, ...] = (
     _transcendental("erf", m.erf),
     _transcendental("sin", m.sin, unary_samples(scale=30.0, special=False)),
     _transcendental("cos", m.cos, unary_samples(scale=30.0, special=False)),
+    _transcendental("tan", trigonometry.tan, unary_samples(special=False)),
+    *(_transcendental(name, getattr(trigonometry, name)) for name in (
+        "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh")),
     _transcendental("silu", m.silu, unary_samples(special=False)),
     _transcendental("mish", m.mish),
     _transcendental("hardswish", _hardswish),

@@ -270,14 +270,26 @@ def exp_nonpositive(x: Expr) -> Expr:
     return tirx.Select(x < const(-87.33), const(0.0), _exp_near_zero(r) * _power_of_two(k))
 
 
-def _exp2(x: Expr) -> Expr:
-    """2 to the x for -126 ≤ x ≤ 127."""
+def _exp2_parts(x: Expr) -> tuple[Expr, Expr]:
+    """(k, v) with 2 to the x = v·2^k, k an int32; for |x| below 2²¹."""
     x = share(x)
     shifted = share(x + const(_SHIFT))
-    n = share(shifted - const(_SHIFT))
-    r = share(x - n)
-    value = r * horner(r, _EXP2) + const(1.0)
-    return value * _power_of_two(bits(shifted) - _SHIFT_BITS)
+    r = share(x - share(shifted - const(_SHIFT)))
+    return share(bits(shifted) - _SHIFT_BITS), r * horner(r, _EXP2) + const(1.0)
+
+
+def _exp2(x: Expr) -> Expr:
+    """2 to the x for -126 ≤ x ≤ 127."""
+    k, value = _exp2_parts(x)
+    return value * _power_of_two(k)
+
+
+def exp2(x: Expr) -> Expr:
+    """2 to the x, max 1.5 ulp; overflows to inf, denormal results within 1 of their ulp."""
+    k, value = _exp2_parts(at_least(at_most(x, 129.0), -151.0))
+    # In two factors, as in `exp`.
+    half = share(k >> 1)
+    return (value * _power_of_two(half)) * _power_of_two(k - half)
 
 
 def exp2_nonpositive(x: Expr) -> Expr:
@@ -306,9 +318,8 @@ def expm1(x: Expr) -> Expr:
     return tirx.Select(x == const(0.0), x, _expm1(at_least(at_most(x, 89.0), -18.0)))
 
 
-def log_natural(x: Expr) -> Expr:
-    """Natural logarithm, max 0.9 ulp; -inf at 0, NaN below, denormals included."""
-    x = share(x)
+def _log_parts(x: Expr) -> tuple[Expr, Expr, Expr, Expr]:
+    """(k, f, f², q) with log x = k·ln 2 + f - f²/2 + q, for positive `x`."""
     tiny = x < const(2.0**-126)
     normal = share(tirx.Select(tiny, x * const(2.0**23), x))
     positive = tirx.Select(normal > const(0.0), normal, const(1.0))
@@ -316,11 +327,35 @@ def log_natural(x: Expr) -> Expr:
     k = share(tirx.Cast("float32", i >> 23) - tirx.Select(tiny, const(23.0), const(0.0)))
     f = share(from_bits((i & 0x7FFFFF) + _SQRT_HALF_BITS) - const(1.0))
     t = share(f * f)
-    small = share((f * t) * horner(f, _LOG) + k * const(_LN2_LOW))
-    value = share(share((small + t * const(-0.5)) + f) + k * const(_LN2_HIGH))
+    return k, f, t, (f * t) * horner(f, _LOG)
+
+
+def _log_of(x: Expr, value: Expr) -> Expr:
+    """The value where `x` is positive; -inf at 0, NaN below."""
     below = tirx.Select(x == const(0.0), const(-inf), const(nan))
     # NaN and inf give themselves.
     return tirx.Select(x < const(inf), tirx.Select(x > const(0.0), value, below), x)
+
+
+def log_natural(x: Expr) -> Expr:
+    """Natural logarithm, max 0.9 ulp; -inf at 0, NaN below, denormals included."""
+    x = share(x)
+    k, f, t, q = _log_parts(x)
+    small = share(q + k * const(_LN2_LOW))
+    value = share(share((small + t * const(-0.5)) + f) + k * const(_LN2_HIGH))
+    return _log_of(x, value)
+
+
+def log2(x: Expr) -> Expr:
+    """Logarithm to base 2, max 2.5 ulp, exact for powers of 2."""
+    x = share(x)
+    k, f, t, q = _log_parts(x)
+    return _log_of(x, share(share((q + t * const(-0.5)) + f) * const(1 / log(2)) + k))
+
+
+def log10(x: Expr) -> Expr:
+    """Logarithm to base 10, max 2.5 ulp."""
+    return log_natural(x) * const(1 / log(10))
 
 
 def log1p(x: Expr) -> Expr:
@@ -429,18 +464,29 @@ def rsqrt(x: Expr) -> Expr:
     return const(1.0) / tirx.sqrt(x)
 
 
-def _sine(x: Expr, quadrants: int) -> Expr:
-    """sin(x + quadrants·π/2)."""
+def quarter_turns(x: Expr) -> tuple[Expr, Expr]:
+    """(q, r) with x = q·π/2 + r, |r| ≤ π/4, q an int32 of which only the last bits are right."""
     x = share(x)
     shifted = share(x * const(2 / pi) + const(_SHIFT))
     n = share(shifted - const(_SHIFT))
     r = x
     for part in _HALF_PI:
         r = share(r + n * const(-part))
-    q = share((bits(shifted) & 3) + quadrants)
+    return share(bits(shifted) & 3), r
+
+
+def sine_cosine(r: Expr) -> tuple[Expr, Expr]:
+    """Sine and cosine for |r| ≤ π/4."""
     t = share(r * r)
     sine = (t * r) * horner(t, _SIN) + r
-    cosine = (t * t) * horner(t, _COS) + (t * const(-0.5) + const(1.0))
+    return sine, (t * t) * horner(t, _COS) + (t * const(-0.5) + const(1.0))
+
+
+def _sine(x: Expr, quadrants: int) -> Expr:
+    """sin(x + quadrants·π/2)."""
+    q, r = quarter_turns(x)
+    q = share(q + quadrants)
+    sine, cosine = sine_cosine(r)
     value = tirx.Select((q & 1) == 0, sine, cosine)
     return from_bits(bits(value) ^ ((q & 2) << 30))
 

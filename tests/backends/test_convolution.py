@@ -103,6 +103,18 @@ def test_long_epilogues(
         check(b, tolerance=1e-5)
 
 
+@pytest.mark.parametrize("size", [(9, 1), (1, 9), (1, 1)])
+def test_residual_of_one_row_or_column(size: tuple[int, int]) -> None:
+    b = Builder(5)
+    x = b.input(b.random(2, 8, *size))
+    for channels in (5, 16):
+        y = b.op(
+            aten.add.Tensor, b.conv(x, channels, (1, 1)), b.input(b.random(2, channels, *size))
+        )
+        b.returns(b.op(aten.relu.default, y), b.conv(y, 4, (1, 1)))
+    check(b)
+
+
 @pytest.mark.parametrize("act", ["relu", "silu"])
 def test_residual_with_padded_channels(act: str) -> None:
     """BlazeFace's blocks: a plain residual is guarded channel by channel, in the lanes of a vector,

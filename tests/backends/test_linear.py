@@ -69,6 +69,20 @@ def test_ranks_and_products_by_constants() -> None:
     assert set(origins(program)) == {"gemm"}
 
 
+def test_operands_of_epilogues_with_axes_of_length_1() -> None:
+    """Sequences of a batch of one with the batch second: an axis that broadcasting would skip."""
+    b = Builder(4)
+    weight, bias = b.constant(b.random(12, 12) / 4), b.constant(b.random(12))
+    for shape in ((17, 1, 12), (1, 17, 12), (3, 1, 5, 1, 12), (1, 1, 12)):
+        x = b.input(b.random(*shape))
+        y = b.op(aten.linear.default, x, weight, bias)
+        for other in (shape, (1,) * len(shape[:-1]) + (12,), shape[1:]):
+            y = b.op(aten.add.Tensor, y, b.input(b.random(*other)))
+        b.returns(y)
+    program = check(b)
+    assert len(program.steps) == 4, [step.ops for step in program.steps]
+
+
 def test_bias_computed_at_run_time() -> None:
     b = Builder(3)
     weight = b.constant(b.random(9, 6))

@@ -220,3 +220,22 @@ def test_conv_transpose_output_shape(mode):
         auto_pad=mode,
     )
     assert_same(model, {"x": x})
+
+
+@SETTINGS
+@given(st.data())
+def test_col2im(data):
+    sizes, attributes = data.draw(windows(2))
+    assume("auto_pad" not in attributes)
+    kernel = attributes.pop("kernel_shape")
+    pads = attributes["pads"]
+    counts = [
+        (size + pads[i] + pads[i + 2] - (k - 1) * dilation - 1) // stride + 1
+        for i, (size, k, dilation, stride) in enumerate(
+            zip(sizes, kernel, attributes["dilations"], attributes["strides"], strict=True)
+        )
+    ]
+    x = floats(2, 3 * kernel[0] * kernel[1], counts[0] * counts[1])
+    constants = {"sizes": ints(*sizes), "kernel": ints(*kernel)}
+    model = one_node("Col2Im", {"x": x}, constants, **attributes)
+    assert_same(model, {"x": x})

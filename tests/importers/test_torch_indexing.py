@@ -23,6 +23,7 @@ class Reads(nn.Module):
             (x > 1).any(1), (x > -9).all(),
             *(F.pad(image, (1, 2, 2, 1), mode=m) for m in ("reflect", "replicate", "circular")),
             F.unfold(image, 3, padding=1, stride=2),
+            F.fold(F.unfold(image, 3, padding=1, stride=2), (5, 6), 3, padding=1, stride=2),
             F.interpolate(image, size=(7, 4), mode="nearest-exact"),
             F.interpolate(image, scale_factor=2, mode="bicubic"),
             F.interpolate(image[None], scale_factor=2, mode="trilinear"),

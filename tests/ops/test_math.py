@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from graphopt.ops import math as m
-from graphopt.ops import power
+from graphopt.ops import power, trigonometry
 from tests.ops.evaluate import ARM64, X86, X86_NO_FMA, Function, Library, function_bodies, lower
 
 Reference = Callable[[torch.Tensor], torch.Tensor]
@@ -31,7 +31,18 @@ EXACT: dict[str, tuple[Reference, tuple[float, float], float]] = {
     "exp2_nonpositive": (torch.exp2, (-126.0, 0.0), 2.2),
     "expm1": (torch.expm1, (-np.inf, np.inf), 1.5),
     "log_natural": (torch.log, (-np.inf, np.inf), 0.9),
+    "exp2": (torch.exp2, (-np.inf, np.inf), 1.5),
+    "log2": (torch.log2, (-np.inf, np.inf), 2.5),
+    "log10": (torch.log10, (-np.inf, np.inf), 2.5),
     "log1p": (torch.log1p, (-np.inf, np.inf), 1.5),
+    "asin": (torch.asin, (-np.inf, np.inf), 2.5),
+    "acos": (torch.acos, (-np.inf, np.inf), 2.5),
+    "atan": (torch.atan, (-np.inf, np.inf), 2.0),
+    "sinh": (torch.sinh, (-np.inf, np.inf), 4.0),
+    "cosh": (torch.cosh, (-np.inf, np.inf), 4.0),
+    "asinh": (torch.asinh, (-np.inf, np.inf), 4.0),
+    "acosh": (torch.acosh, (-np.inf, np.inf), 4.0),
+    "atanh": (torch.atanh, (-np.inf, np.inf), 4.0),
     "tanh": (torch.tanh, (-np.inf, np.inf), 2.4),
     "sigmoid": (torch.sigmoid, (-87.3, np.inf), 2.5),
     "silu": (lambda x: x * torch.sigmoid(x), (-87.3, np.inf), 3.2),
@@ -46,9 +57,10 @@ RELATIVE: dict[str, tuple[Reference, float]] = {
     "gelu_tanh": (_gelu_tanh, 2e-7),
 }
 ANGLES: dict[str, Reference] = {"sin": torch.sin, "cos": torch.cos}
-NAMES = (*EXACT, *RELATIVE, *ANGLES)
+NAMES = (*EXACT, *RELATIVE, *ANGLES, "tan")
 FUNCTIONS = {
-    **{name: Function(getattr(m, name), ("float32",), "float32") for name in NAMES},
+    name: Function(getattr(m if hasattr(m, name) else trigonometry, name), ("float32",), "float32")
+    for name in NAMES
 }
 EDGES = np.array(
     [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-45, -1e-45, 2.0**-126, 88.72283, 88.72284, -103.97,
@@ -94,7 +106,7 @@ def test_error_in_ulp(library: Library, name: str) -> None:
     normal = np.abs(rounded[finite]) >= 2.0**-126
     assert error[normal].max() <= bound
     # Below, results keep their place to 1 (denormal) ulp, where the function says so.
-    if name in ("exp", "expm1", "log1p", "tanh", "erf"):
+    if name in ("exp", "exp2", "expm1", "log1p", "tanh", "erf", "atan", "asin", "sinh", "asinh"):
         assert error[~normal].max() <= 1.0
 
 
@@ -114,6 +126,41 @@ def test_error_of_sine_and_cosine(library: Library, name: str) -> None:
     x = INPUTS[np.abs(INPUTS) <= 1e4]
     assert np.abs(library.run(name, x) - _exact(ANGLES[name], x)).max() <= 1e-7
     assert np.isnan(library.run(name, EDGES[2:5])).all()
+
+
+def test_error_of_tangent(library: Library) -> None:
+    """Near its poles the tangent is as wrong as the angle is, times its slope."""
+    x = INPUTS[np.abs(INPUTS) <= 1e4]
+    exact = _exact(torch.tan, x)
+    assert (np.abs(library.run("tan", x) - exact) <= 1.5e-7 * (1 + exact**2)).all()
+    assert np.isnan(library.run("tan", EDGES[2:5])).all()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_error_of_atan2(tmp_path: Path) -> None:
+    function = Function(trigonometry.atan2, ("float32", "float32"), "float32")
+    library = Library({"atan2": function}, tmp_path)
+    random = np.random.default_rng(2)
+    special = np.meshgrid(EDGES, EDGES)
+    y, x = (
+        np.concatenate([random.uniform(-9, 9, 200_000), grid.ravel()]).astype(np.float32)
+        for grid in special
+    )
+    got = library.run("atan2", y, x)
+    exact = np.arctan2(y.astype(np.float64), x.astype(np.float64))
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(exact))
+    known = ~np.isnan(exact)
+    np.testing.assert_array_equal(np.signbit(got)[known], np.signbit(exact)[known])
+    normal = known & (np.abs(exact) >= 2.0**-126)
+    rounded = np.abs(exact[normal].astype(np.float32))
+    assert (np.abs(got - exact)[normal] / np.spacing(rounded)).max() <= 3.0
+
+
+def test_powers_of_two_are_exact(library: Library) -> None:
+    exponents = np.arange(-126, 128, dtype=np.float32)
+    powers = np.ldexp(np.float32(1), exponents.astype(np.int32))
+    np.testing.assert_array_equal(library.run("log2", powers), exponents)
+    np.testing.assert_array_equal(library.run("exp2", exponents), powers)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -145,7 +192,8 @@ def test_power(tmp_path: Path) -> None:
 
 def test_signed_zeros(library: Library) -> None:
     zeros = np.array([0.0, -0.0], np.float32)
-    for name in ("expm1", "log1p", "tanh", "erf", "sin", "silu", "mish", "gelu"):
+    for name in ("expm1", "log1p", "tanh", "erf", "sin", "silu", "mish", "gelu", "tan", "asin",
+                 "atan", "sinh", "asinh", "atanh"):  # fmt: skip
         np.testing.assert_array_equal(np.signbit(library.run(name, zeros)), [False, True], name)
 
 

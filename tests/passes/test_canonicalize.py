@@ -123,6 +123,34 @@ CASES: dict[str, tuple[Callable[[Build], Made], list[str]]] = {
         lambda b: b.call(aten.pixel_unshuffle.default, b.input(2, 3, 6, 4), 2),
         ["reshape", "permute", "reshape"],
     ),
+    "fold": (
+        lambda b: b.call(
+            aten.col2im.default, b.input(1, 8, 4), [4, 3], [2, 2], [1, 1], [0, 0], [2, 1]
+        ),
+        [
+            "reshape",
+            *["slice", "reshape", "slice", "reshape"] * 2,
+            *["cat", "reshape", "slice"],
+            *["slice", "reshape", "slice", "constant_pad_nd"] * 2,
+            *["add", "reshape", "reshape", "slice"],
+        ],
+    ),
+    "index_copy to neighbouring places": (
+        lambda b: b.call(
+            aten.index_copy.default, image(b), 2, b.const(torch.arange(1, 4)), b.input(2, 4, 3, 5)
+        ),
+        ["slice", "slice", "cat"],
+    ),
+    "index_copy to scattered places": (
+        lambda b: b.call(
+            aten.index_copy.default,
+            image(b),
+            2,
+            b.const(torch.tensor([1, 3, 2])),
+            b.input(2, 4, 3, 5),
+        ),
+        ["index_copy"],
+    ),
     "channel_shuffle": (
         lambda b: b.call(aten.channel_shuffle.default, image(b), 2),
         ["reshape", "permute", "reshape"],
@@ -353,6 +381,30 @@ def test_forms(name: str) -> None:
     gm = b.done(*(made if isinstance(made, tuple) else (made,)))
     run(gm, Canonicalize())
     assert [op for op in ops(gm) if op != "permute" or "permute" in expected] == expected
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dilation", "padding", "stride"),
+    [
+        ([3, 3], [1, 1], [1, 1], [2, 2]),
+        ([2, 3], [2, 1], [0, 1], [1, 3]),
+        ([1, 2], [1, 3], [0, 0], [3, 2]),
+        ([4, 1], [1, 1], [2, 0], [2, 1]),
+    ],
+)
+def test_overlapping_windows_are_added_up(
+    kernel: list[int], dilation: list[int], padding: list[int], stride: list[int]
+) -> None:
+    size = [7, 8]
+    counts = [
+        (size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
+        for i in range(2)
+    ]
+    b = Build()
+    x = b.input(2, 3 * kernel[0] * kernel[1], counts[0] * counts[1])
+    gm = b.done(b.call(aten.col2im.default, x, size, kernel, dilation, padding, stride))
+    run(gm, Canonicalize())  # Also holds the outputs against those of before.
+    assert "col2im" not in ops(gm)
 
 
 def test_in_place_ops_become_functional() -> None:

@@ -121,6 +121,30 @@ CASES: dict[str, tuple[Callable[[Build], fx.Node], list[str]]] = {
     "cat of one": (lambda b: b.call(aten.cat.default, [x8(b)], 0), []),
     "cat of the pieces": (lambda b: cat_pieces(b, 0, 1, 3, 4), []),
     "cat of some pieces": (lambda b: cat_pieces(b, 0, 1, 3), ["slice", "slice", "cat"]),
+    "permute before cat": (
+        lambda b: b.call(
+            aten.permute.default,
+            b.call(
+                aten.cat.default,
+                [b.input(2, 1, 3), b.call(aten.permute.default, b.input(5, 3, 2), [2, 0, 1])],
+                1,
+            ),
+            [1, 2, 0],
+        ),
+        ["permute", "cat"],
+    ),
+    "permute of a cat of which little is permuted": (
+        lambda b: b.call(
+            aten.permute.default,
+            b.call(
+                aten.cat.default,
+                [b.input(2, 9, 3), b.call(aten.permute.default, b.input(5, 3, 2), [2, 0, 1])],
+                1,
+            ),
+            [1, 2, 0],
+        ),
+        ["permute", "cat", "permute"],
+    ),
     "cats merge": (
         lambda b: b.call(aten.cat.default, [b.call(aten.cat.default, [x8(b), x8(b)], 0), x8(b)], 0),
         ["cat"],

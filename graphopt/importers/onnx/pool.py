@@ -1,4 +1,4 @@
-"""ONNX pooling."""
+"""ONNX pooling, and the sum of overlapping windows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ from collections.abc import Callable, Sequence
 import torch
 
 from graphopt.importers.onnx.shape import constant_pad, reshape_to
-from graphopt.importers.onnx.values import Context, OnnxNode, Refused, Value, dtype, rank, shape
+from graphopt.importers.onnx.values import (
+    Context,
+    OnnxNode,
+    Refused,
+    Value,
+    dtype,
+    integers,
+    rank,
+    shape,
+)
 from graphopt.importers.onnx.windows import Windows, read_windows
 
 aten = torch.ops.aten
@@ -122,8 +131,25 @@ def _spatial_axes(x: Value) -> Sequence[int]:
     return list(range(2, rank(x)))
 
 
+def col2im(ctx: Context, node: OnnxNode) -> Value:
+    """Windows of a picture, one per column, added up at their places."""
+    sizes = integers(node.value(1), "picture's sizes")
+    kernel = integers(node.value(2), "window's sizes")
+    if len(sizes) != 2 or len(kernel) != 2:
+        raise Refused(f"its windows have {len(kernel)} axes, not 2")
+    top, left, bottom, right = node.get_ints("pads") or [0] * 4
+    strides = node.get_ints("strides") or [1, 1]
+    dilations = node.get_ints("dilations") or [1, 1]
+    whole = [sizes[0] + top + bottom, sizes[1] + left + right]
+    result = ctx.op(aten.col2im.default, node.value(0), whole, kernel, dilations, [0, 0], strides)
+    for axis, start, size in ((2, top, sizes[0]), (3, left, sizes[1])):
+        result = ctx.op(aten.slice.Tensor, result, axis, start, start + size, 1)
+    return result
+
+
 HANDLERS: dict[str, Callable[[Context, OnnxNode], Value]] = {
     "AveragePool": spatial(average_pool),
+    "Col2Im": col2im,
     "GlobalAveragePool": global_average,
     "GlobalMaxPool": global_max,
     "MaxPool": spatial(max_pool),
