@@ -199,8 +199,8 @@ UNARY: tuple[OpDef, ...] = (
     _transcendental("rsqrt", m.rsqrt),
     _transcendental("reciprocal", lambda x: const(1.0) / x),
     _transcendental("erf", m.erf),
-    _transcendental("sin", m.sin, unary_samples(scale=30.0, special=False)),
-    _transcendental("cos", m.cos, unary_samples(scale=30.0, special=False)),
+    _transcendental("sin", trigonometry.sin, unary_samples(scale=30.0, special=False)),
+    _transcendental("cos", trigonometry.cos, unary_samples(scale=30.0, special=False)),
     _transcendental("tan", trigonometry.tan, unary_samples(special=False)),
     *(_transcendental(name, getattr(trigonometry, name)) for name in (
         "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh")),

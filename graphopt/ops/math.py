@@ -81,16 +81,14 @@ def _declare_bound(name: str, beyond: Callable[[Expr, Expr], Expr], intrinsic: s
 _AT_MOST = _declare_bound("graphopt.at_most", operator.lt, "llvm.minimum")
 _AT_LEAST = _declare_bound("graphopt.at_least", operator.gt, "llvm.maximum")
 
-_SHIFT = 12582912.0
+SHIFT = 12582912.0
 """1.5 · 2²³: adding it rounds a float32 below 2²² to an integer, which shows in the low bits."""
 _SHIFT_BITS = 0x4B400000
-_SHIFT_TO_EXPONENT = _SHIFT + 127
+_SHIFT_TO_EXPONENT = SHIFT + 127
 """The same, with the integer in the low bits ready to become the exponent of a power of two."""
 _SQRT_HALF_BITS = 0x3F3504F3
 _LN2_HIGH = 355 / 512
 _LN2_LOW = -2.121944400546905827679e-4
-# π/2 in three parts; the first two have 8 and 11 bits, so that 13-bit multiples are exact.
-_HALF_PI = (201 / 128, 2029 / 2**22, 7.549789948768648e-8)
 
 _EXP = (0.49999994, 0.16666517, 0.04166828, 0.008369249, 0.0013820776)
 _EXP2 = (0.6931472, 0.24022648, 0.05550358, 0.009618503, 0.001339189, 0.00015329236)
@@ -106,8 +104,6 @@ _LOG = (
     *(0.3333333134651184, -0.2500081956386566, 0.2000124156475067, -0.166234090924263),
     *(0.14201579988002777, -0.13159610331058502, 0.12762212753295898, -0.07636427879333496),
 )
-_SIN = (-0.16666667, 0.0083333794, -0.00019853025, 2.8317181e-06)
-_COS = (0.041666646, -0.0013887305, 2.4431425e-05)
 _ERF = (
     *(0.12837915122509003, -0.37612444162368774, 0.11279930919408798),
     *(-0.026595590636134148, 0.004435879644006491),
@@ -241,8 +237,8 @@ def _power_of_two(exponent: Expr) -> Expr:
 def _split(x: Expr) -> tuple[Expr, Expr]:
     """(k, r) with x = k·ln 2 + r, |r| ≤ ln(2)/2, k an int32; for |x| below 2²¹."""
     x = share(x)
-    shifted = share(x * const(1 / log(2)) + const(_SHIFT))
-    n = share(shifted - const(_SHIFT))
+    shifted = share(x * const(1 / log(2)) + const(SHIFT))
+    n = share(shifted - const(SHIFT))
     r = share((x + n * const(-_LN2_HIGH)) + n * const(-_LN2_LOW))
     return share(bits(shifted) - _SHIFT_BITS), r
 
@@ -273,8 +269,8 @@ def exp_nonpositive(x: Expr) -> Expr:
 def _exp2_parts(x: Expr) -> tuple[Expr, Expr]:
     """(k, v) with 2 to the x = v·2^k, k an int32; for |x| below 2²¹."""
     x = share(x)
-    shifted = share(x + const(_SHIFT))
-    r = share(x - share(shifted - const(_SHIFT)))
+    shifted = share(x + const(SHIFT))
+    r = share(x - share(shifted - const(SHIFT)))
     return share(bits(shifted) - _SHIFT_BITS), r * horner(r, _EXP2) + const(1.0)
 
 
@@ -462,41 +458,3 @@ def gelu_tanh(x: Expr) -> Expr:
 def rsqrt(x: Expr) -> Expr:
     """1 / sqrt(x), max 1.5 ulp: two correctly rounded steps."""
     return const(1.0) / tirx.sqrt(x)
-
-
-def quarter_turns(x: Expr) -> tuple[Expr, Expr]:
-    """(q, r) with x = q·π/2 + r, |r| ≤ π/4, q an int32 of which only the last bits are right."""
-    x = share(x)
-    shifted = share(x * const(2 / pi) + const(_SHIFT))
-    n = share(shifted - const(_SHIFT))
-    r = x
-    for part in _HALF_PI:
-        r = share(r + n * const(-part))
-    return share(bits(shifted) & 3), r
-
-
-def sine_cosine(r: Expr) -> tuple[Expr, Expr]:
-    """Sine and cosine for |r| ≤ π/4."""
-    t = share(r * r)
-    sine = (t * r) * horner(t, _SIN) + r
-    return sine, (t * t) * horner(t, _COS) + (t * const(-0.5) + const(1.0))
-
-
-def _sine(x: Expr, quadrants: int) -> Expr:
-    """sin(x + quadrants·π/2)."""
-    q, r = quarter_turns(x)
-    q = share(q + quadrants)
-    sine, cosine = sine_cosine(r)
-    value = tirx.Select((q & 1) == 0, sine, cosine)
-    return from_bits(bits(value) ^ ((q & 2) << 30))
-
-
-def sin(x: Expr) -> Expr:
-    """Sine, max error 1e-7 for |x| ≤ 10⁴; precision fades beyond, and is gone at 10⁶."""
-    x = share(x)
-    return tirx.Select(x == const(0.0), x, _sine(x, 0))
-
-
-def cos(x: Expr) -> Expr:
-    """Cosine, max error 1e-7 for |x| ≤ 10⁴; precision fades beyond, and is gone at 10⁶."""
-    return _sine(x, 1)

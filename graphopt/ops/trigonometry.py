@@ -1,6 +1,6 @@
-"""Tangents, inverse trigonometric and hyperbolic functions; see `math` for the habits they follow.
+"""Trigonometric and hyperbolic functions and their inverses; see `math` for the habits they follow.
 
-All but the tangent reduce to what `math` has, or to a minimax polynomial of our own.
+Beyond sine and cosine they reduce to what `math` has, or to a minimax polynomial of our own.
 """
 
 from __future__ import annotations
@@ -10,18 +10,22 @@ from math import inf, log, pi
 from tvm import tirx
 
 from graphopt.ops.math import (
+    SHIFT,
     bits,
     const,
     copy_sign,
     exp,
+    from_bits,
     horner,
     log1p,
-    quarter_turns,
     share,
-    sine_cosine,
 )
 from graphopt.ops.opdef import Expr
 
+# π/2 in three parts; the first two have 8 and 11 bits, so that 13-bit multiples are exact.
+_HALF_PI = (201 / 128, 2029 / 2**22, 7.549789948768648e-8)
+_SIN = (-0.16666667, 0.0083333794, -0.00019853025, 2.8317181e-06)
+_COS = (0.041666646, -0.0013887305, 2.4431425e-05)
 # atan(z) = z + z³·P(z²) for |z| ≤ 1.
 _ATAN = (
     *(-0.33333298563957214, 0.19998548924922943, -0.14264242351055145, 0.10952185839414597),
@@ -49,11 +53,49 @@ def _odd(z: Expr, coefficients: tuple[float, ...]) -> Expr:
     return share((z * t) * horner(t, coefficients) + z)
 
 
+def _quarter_turns(x: Expr) -> tuple[Expr, Expr]:
+    """(q, r) with x = q·π/2 + r, |r| ≤ π/4, q an int32 of which only the last bits are right."""
+    x = share(x)
+    shifted = share(x * const(2 / pi) + const(SHIFT))
+    n = share(shifted - const(SHIFT))
+    r = x
+    for part in _HALF_PI:
+        r = share(r + n * const(-part))
+    return share(bits(shifted) & 3), r
+
+
+def _sine_cosine(r: Expr) -> tuple[Expr, Expr]:
+    """Sine and cosine for |r| ≤ π/4."""
+    t = share(r * r)
+    sine = (t * r) * horner(t, _SIN) + r
+    return sine, (t * t) * horner(t, _COS) + (t * const(-0.5) + const(1.0))
+
+
+def _sine(x: Expr, quadrants: int) -> Expr:
+    """sin(x + quadrants·π/2)."""
+    q, r = _quarter_turns(x)
+    q = share(q + quadrants)
+    sine, cosine = _sine_cosine(r)
+    value = tirx.Select((q & 1) == 0, sine, cosine)
+    return from_bits(bits(value) ^ ((q & 2) << 30))
+
+
+def sin(x: Expr) -> Expr:
+    """Sine, max error 1e-7 for |x| ≤ 10⁴; precision fades beyond, and is gone at 10⁶."""
+    x = share(x)
+    return tirx.Select(x == const(0.0), x, _sine(x, 0))
+
+
+def cos(x: Expr) -> Expr:
+    """Cosine, max error 1e-7 for |x| ≤ 10⁴; precision fades beyond, and is gone at 10⁶."""
+    return _sine(x, 1)
+
+
 def tan(x: Expr) -> Expr:
     """Tangent, off as if `x` were by 1.5e-7, for |x| ≤ 10⁴; precision fades beyond, as of `sin`."""
     x = share(x)
-    q, r = quarter_turns(x)
-    sine, cosine = sine_cosine(r)
+    q, r = _quarter_turns(x)
+    sine, cosine = _sine_cosine(r)
     odd = (q & 1) == 1
     under = tirx.Select(odd, sine * const(-1.0), cosine)
     # The select keeps -0.
