@@ -152,7 +152,8 @@ def compile(
         winograd: whether convolutions, transposed ones too, may use Winograd's algorithm where
             it is estimated to be faster. It rounds differently (error up to about
             2e-6 of a layer's largest output with kernels of 3×3, 8e-6 with larger ones, where
-            direct convolution has 5e-7) and its weights take up to five times the flash.
+            direct convolution has 5e-7) and its weights take up to five times the flash, small
+            ones with strides up to nine.
         tune: what `graphopt.tune` measured: a file or a `TuningDatabase`. It decides on algorithms
             and register tiles, before the entries that come with graphopt; where neither knows a
             kernel, the estimate decides.

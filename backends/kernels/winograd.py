@@ -44,7 +44,7 @@ from graphopt.backends.kernels.conv_spec import Accessors
 from graphopt.backends.kernels.lanes import multiply, multiply_by_lanes, vectors_of
 from graphopt.backends.kernels.tiling import LINE, TOGETHER, split
 from graphopt.backends.kernels.winograd_plan import PlaceClass, WinogradPlan
-from graphopt.backends.kernels.winograd_tiles import Tile, tiles_of
+from graphopt.backends.kernels.winograd_tiles import Tile, each_tile
 from graphopt.backends.kernels.winograd_transforms import transforms, two_sided
 from graphopt.ops.opdef import Expr
 
@@ -91,7 +91,7 @@ def emit(conv: WinogradPlan, task: Expr, weights: Any, scratch: Any, access: Acc
     )  # fmt: skip
     part, group = unflatten(task, [conv.cut.count, conv.groups])
     with loop(conv.in_blocks) as cb:
-        for tile in tiles_of(conv, part):
+        for tile in each_tile(conv, part):
             _ask_for_input(conv, tile, cb, access)
             with loop(block // conv.lanes) as piece:
                 for residue in conv.residues:
@@ -111,7 +111,7 @@ def emit(conv: WinogradPlan, task: Expr, weights: Any, scratch: Any, access: Acc
             behind += len(each.places) * parts * conv.at_once * panel
         fence(access.fence)
         with loop(conv.at_once) as j:
-            for tile in tiles_of(conv, part):
+            for tile in each_tile(conv, part):
                 with loop(conv.vectors) as v:
                     start = (first_tile + j) * conv.width
                     _ask_for_output(conv, tile, start + v * block, access)

@@ -39,7 +39,7 @@ class Tile:
     places: tuple[tuple[int, ...], tuple[int, ...]]
 
 
-def tiles_of(conv: WinogradPlan, part: Expr) -> Iterator[Tile]:
+def each_tile(conv: WinogradPlan, part: Expr) -> Iterator[Tile]:
     """A task's tiles: what the caller emits for each one is within loops over the others."""
     spec, size = conv.spec, conv.cut.size
     steps = [m * d for m, d in zip(conv.m, spec.dilation, strict=True)]

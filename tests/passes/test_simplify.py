@@ -45,6 +45,13 @@ def reshape(b: Build, x: fx.Node, *sizes: int) -> fx.Node:
     return b.call(aten.reshape.default, x, list(sizes))
 
 
+def permuted_cat(b: Build, size: int) -> fx.Node:
+    """Five rows that were permuted, behind so many that were not, permuted back together."""
+    part = b.call(aten.permute.default, b.input(5, 3, 2), [2, 0, 1])
+    whole = b.call(aten.cat.default, [b.input(2, size, 3), part], 1)
+    return b.call(aten.permute.default, whole, [1, 2, 0])
+
+
 def cat_pieces(b: Build, *bounds: int) -> fx.Node:
     x = image(b)
     pieces = [cut(b, x, 1, start, end) for start, end in itertools.pairwise(bounds)]
@@ -122,27 +129,11 @@ CASES: dict[str, tuple[Callable[[Build], fx.Node], list[str]]] = {
     "cat of the pieces": (lambda b: cat_pieces(b, 0, 1, 3, 4), []),
     "cat of some pieces": (lambda b: cat_pieces(b, 0, 1, 3), ["slice", "slice", "cat"]),
     "permute before cat": (
-        lambda b: b.call(
-            aten.permute.default,
-            b.call(
-                aten.cat.default,
-                [b.input(2, 1, 3), b.call(aten.permute.default, b.input(5, 3, 2), [2, 0, 1])],
-                1,
-            ),
-            [1, 2, 0],
-        ),
+        lambda b: permuted_cat(b, 1),
         ["permute", "cat"],
     ),
     "permute of a cat of which little is permuted": (
-        lambda b: b.call(
-            aten.permute.default,
-            b.call(
-                aten.cat.default,
-                [b.input(2, 9, 3), b.call(aten.permute.default, b.input(5, 3, 2), [2, 0, 1])],
-                1,
-            ),
-            [1, 2, 0],
-        ),
+        lambda b: permuted_cat(b, 9),
         ["permute", "cat", "permute"],
     ),
     "cats merge": (
