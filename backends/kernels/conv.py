@@ -8,8 +8,10 @@ from functools import partial
 from math import prod
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 from torch import fx
+from tvm import tirx
 
 from graphopt.backends.kernels import depthwise
 from graphopt.backends.kernels.base import (
@@ -22,7 +24,7 @@ from graphopt.backends.kernels.base import (
     same_place,
     walked_axis,
 )
-from graphopt.backends.kernels.builder import View
+from graphopt.backends.kernels.builder import View, f32
 from graphopt.backends.kernels.conv_frames import Frames, frames_of
 from graphopt.backends.kernels.conv_product import (
     Product,
@@ -106,6 +108,8 @@ class _View:
         column: rows and columns are exchanged, as an image of one column is better off; with
             `one_row`, the index of a pixel is that of its row.
         window: rows and columns of the windows whose elements are taken for channels.
+        offset: rows and columns of the first windows that are before the image.
+        is_cut: whether any window is partly outside of the image, where there are zeros.
         frames: how a 3-D convolution is a 2-D one.
     """
 
@@ -113,6 +117,8 @@ class _View:
     one_row: bool = False
     column: bool = False
     window: tuple[int, int] = (1, 1)
+    offset: tuple[int, int] = (0, 0)
+    is_cut: bool = False
     frames: Frames | None = None
 
     def is_whole(self, channels: int, block: int) -> bool:
@@ -128,12 +134,14 @@ class _View:
         if self.frames is not None:
             return self.frames.inside
         index, (rows, columns) = _place(rank, self.column), self.window
+        top, left = self.offset
         if self.window == (1, 1):
             return index
 
         def inside(n: Expr, c: Expr, h: Expr, w: Expr) -> Index:
             row, column = c // columns % rows, c % columns
-            return index(n, c // (rows * columns), h * rows + row, w * columns + column)
+            row, column = h * rows + row - top, w * columns + column - left
+            return index(n, c // (rows * columns), row, column)
 
         return inside
 
@@ -164,6 +172,39 @@ def _patches(spec: ConvSpec) -> _View | None:
     return _View(flat, window=spec.kernel)
 
 
+def _phases(view: _View, weight: npt.NDArray[Any]) -> tuple[_View, npt.NDArray[Any]]:
+    """The pixels of a stride's windows as channels, of a convolution of stride 1, and its weights.
+
+    Windows begin where the first one does, if that saves taps, or else at multiples of the stride,
+    so that none is cut; the kernel gets taps of zeros around it.
+    """
+    spec, stride = view.spec, view.spec.stride
+    if view.window != (1, 1) or spec.groups > 1 or stride == (1, 1) or spec.dilation != (1, 1):
+        return view, weight
+    padding, offset, taps, in_size, around = [], [], [], [], [(0, 0), (0, 0)]
+    for axis, step in enumerate(stride):
+        kernel, before = spec.kernel[axis], spec.padding[axis]
+        front = -before % step
+        if -(-(front + kernel) // step) > -(-kernel // step):
+            front = 0
+        taps.append(-(-(front + kernel) // step))
+        around.append((front, taps[axis] * step - front - kernel))
+        padding.append((front + before) // step)
+        offset.append((front + before) % step)
+        in_size.append(-(-(spec.in_size[axis] + offset[axis]) // step))
+    spread = np.pad(weight.reshape(*weight.shape[:2], *spec.kernel), around)
+    windows = spread.reshape(*weight.shape[:2], taps[0], stride[0], taps[1], stride[1])
+    phased = replace(
+        spec, icg=spec.icg * prod(stride), in_size=tuple(in_size), kernel=tuple(taps),
+        stride=(1, 1), padding=tuple(padding),
+    )  # fmt: skip
+    channels = windows.transpose(0, 1, 3, 5, 2, 4).reshape(len(weight), phased.icg, *taps)
+    whole = zip(spec.in_size, in_size, stride, strict=True)
+    is_cut = any(offset) or any(size != count * step for size, count, step in whole)
+    phases = replace(view, spec=phased, window=stride, offset=tuple(offset), is_cut=is_cut)
+    return phases, channels
+
+
 def lower_products(request: Request) -> Alternatives | None:
     """Direct convolution, its deep twin, and Winograd's: the cost model's choice first."""
     call = request.call
@@ -191,8 +232,11 @@ def lower_products(request: Request) -> Alternatives | None:
             Candidate(each.origin, each.cycles, partial(_product, request, patches, each, flat))
             for each in deep_products(patches.spec, target)
         ] + candidates
-    if whole and request.winograd and PLAIN not in layouts:
-        ways, pays = winograd_products(view.spec, target, [view.spec])
+    if whole and request.winograd and layouts[1] != PLAIN:
+        plain = layouts[0] == PLAIN
+        if plain:
+            view, weight = _phases(view, weight)
+        ways, pays = winograd_products(view.spec, target, [spec], plain=plain)
         fewer = [
             Candidate(each.origin, each.cycles, partial(_product, request, view, each, weight))
             for each in ways
@@ -224,8 +268,17 @@ def _product(
             x = collapse(x, call.shape, (2, 3))
             out = collapse(out, call.shape, (2, 3))
             group = group.with_views(lambda each: collapse(each, call.shape, (2, 3)))
+
+        def load(n: Expr, c: Expr, h: Expr, w: Expr) -> Expr:
+            place = inside(n, c, h, w)
+            if not view.is_cut:
+                return x.load(place)
+            size = call.shape_of("input")[2:]
+            there = (tirx.all(i >= 0, i < n) for i, n in zip(place[2:], size, strict=True))
+            return tirx.if_then_else(tirx.all(*there), x.load(place), f32(0.0))
+
         access = Accessors(
-            x=lambda n, c, h, w: x.load(inside(n, c, h, w)),
+            x=load,
             store=epilogue_store(request, group, out, index),
             vector=in_blocks,
             padded=in_blocks and spec.groups == 1,
@@ -239,7 +292,8 @@ def _product(
         product.emit(task, constants[0], scratch, access)
 
     reads = request.reads_without(call["weight"])
-    return KernelSource(product.origin, product.tasks, spec.flops, emit, reads,
+    flops = 2 * prod(call.shape) * prod(call.shape_of("weight")[1:])
+    return KernelSource(product.origin, product.tasks, flops, emit, reads,
                         (product.pack(weight),), scratch=product.scratch,
                         in_place=same_place(request, taken=[source]),
                         own_flops=product.own_flops)  # fmt: skip

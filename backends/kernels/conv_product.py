@@ -97,16 +97,16 @@ def deep_products(spec: ConvSpec, target: Target) -> list[Product]:
 
 
 def winograd_products(
-    spec: ConvSpec, target: Target, instead: Sequence[ConvSpec]
+    spec: ConvSpec, target: Target, instead: Sequence[ConvSpec], *, plain: bool = False
 ) -> tuple[list[Product], bool]:
-    """The ways of `winograd`, which only works on blocks, the best first; none for other kernels.
+    """The ways of `winograd`, which stores blocks only, the best first; none for other kernels.
 
     Also whether the best one pays beside direct convolution of all of `instead`.
     """
     isa, l2_bytes = target.isa, target.l2_bytes
     if not winograd_choice.supports(spec, isa.block):
         return [], False
-    plans = winograd_choice.plans(spec, isa, l2_bytes, target.cores)
+    plans = winograd_choice.plans(spec, isa, l2_bytes, target.cores, plain=plain)
     pays = bool(plans) and winograd_choice.pays(plans[0], spec.groups, instead, isa, l2_bytes)
     return [_winograd(plan, spec.groups, target) for plan in plans], pays
 

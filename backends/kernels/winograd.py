@@ -17,6 +17,9 @@ of the image only, whose tiles are the same but for the distance between their p
 A stride s is s² convolutions of stride 1, of every s-th pixel and tap, whose results add up: they
 are multiplied as if they were channels, and transformed back once. Where a part of the kernel has
 a tap less, F(m)'s points without infinity are enough for it.
+
+Of an image whose channels are no neighbours in memory, the first one mostly, each task gathers what
+its tiles need.
 """
 
 from __future__ import annotations
@@ -92,7 +95,8 @@ def emit(conv: WinogradPlan, task: Expr, weights: Any, scratch: Any, access: Acc
     part, group = unflatten(task, [conv.cut.count, conv.groups])
     with loop(conv.in_blocks) as cb:
         for tile in each_tile(conv, part):
-            _ask_for_input(conv, tile, cb, access)
+            if not conv.gathers:
+                _ask_for_input(conv, tile, cb, access)
             with loop(block // conv.lanes) as piece:
                 for residue in conv.residues:
                     _transform_input(conv, inputs, tile, residue, cb, piece * conv.lanes, access)
@@ -164,8 +168,12 @@ def _transform_input(
         T.buffer_store(inputs, value, [numbers[place], number * block + first + lane])
 
     def load(tile_: Any, i: int, j: int) -> None:
-        with T.vectorized(0, lanes) as lane:
-            value = access.x(tile.n, cb * block + first + lane, in_rows[i], in_columns[j])
+        with T.serial(0, lanes) if conv.gathers else T.vectorized(0, lanes) as lane:
+            channel = cb * block + first + lane
+            if conv.gathers:
+                # Those behind the last one are not multiplied.
+                channel = tirx.min(channel, spec.icg - 1)
+            value = access.x(tile.n, channel, in_rows[i], in_columns[j])
             T.buffer_store(tile_, value, [(i * wide + j) * lanes + lane])
 
     rows = [_within(row, spec.in_size[0]) for row in in_rows]

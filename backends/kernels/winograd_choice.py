@@ -23,6 +23,8 @@ _INTO = 1.3, 0.33
 _BACK = 4.2, 0.8
 """Cycles of a transform for a vector of channels, by place and by operation: fitted, as are the
 next two, to 250 kernels of 8 to 2,048 channels, whose times they give to 11 % on average."""
+_GATHER = 0.5
+"""Cycles of an element that is gathered."""
 _START = 5600
 """Cycles of a kernel besides."""
 _PLACE = 270
@@ -64,7 +66,9 @@ def supports(spec: ConvSpec, block: int) -> bool:
     )
 
 
-def plans(spec: ConvSpec, isa: Isa, l2_bytes: int, cores: int = 4) -> list[WinogradPlan]:
+def plans(
+    spec: ConvSpec, isa: Isa, l2_bytes: int, cores: int = 4, *, plain: bool = False
+) -> list[WinogradPlan]:
     """For each tile size the plan that costs least and leaves threads an even share, best first.
 
     Of a convolution in groups, they are plans of one group.
@@ -75,6 +79,7 @@ def plans(spec: ConvSpec, isa: Isa, l2_bytes: int, cores: int = 4) -> list[Winog
         l2_bytes: second-level cache of a core.
         cores: the most threads to share the work evenly among. Groups of output channels are tasks
             of their own then, each of which transforms the inputs again.
+        plain: whether neighbouring channels of the input are no neighbours in memory.
     """
     cores, spec = -(-cores // spec.groups), replace(spec, groups=1)
 
@@ -84,7 +89,7 @@ def plans(spec: ConvSpec, isa: Isa, l2_bytes: int, cores: int = 4) -> list[Winog
         return cycles + _price(conv.weights, isa, l2_bytes)
 
     best: dict[tuple[int, int], WinogradPlan] = {}
-    for conv in sorted(_candidates(spec, isa, l2_bytes), key=weigh):
+    for conv in sorted(_candidates(spec, isa, l2_bytes, plain), key=weigh):
         if conv.weights <= l2_bytes or conv.growth <= _MOST_GROWTH:
             best.setdefault(conv.m, conv)
     return list(best.values())
@@ -100,7 +105,9 @@ def plan(spec: ConvSpec, isa: Isa, l2_bytes: int) -> WinogradPlan:
     return plans(spec, isa, l2_bytes)[0]
 
 
-def _candidates(spec: ConvSpec, isa: Isa, l2_bytes: int) -> Iterator[WinogradPlan]:
+def _candidates(
+    spec: ConvSpec, isa: Isa, l2_bytes: int, plain: bool
+) -> Iterator[WinogradPlan]:
     block = isa.block
     blocks = -(-spec.ocg // block)
     vectors, pixels = _register_tile(blocks, isa)
@@ -120,7 +127,7 @@ def _candidates(spec: ConvSpec, isa: Isa, l2_bytes: int) -> Iterator[WinogradPla
                 yield WinogradPlan(
                     spec, m, block, isa.wide, isa.narrow, (rows, columns), cut, images, vectors,
                     pixels, at_once, groups, isa.panel_bytes // 3, l2_bytes // 2,
-                    isa.lane_operand, bool(isa.multiply_add),
+                    isa.lane_operand, bool(isa.multiply_add), plain,
                 )  # fmt: skip
 
 
@@ -194,6 +201,8 @@ def cost(conv: WinogradPlan, isa: Isa, l2_bytes: int) -> float:
     into += _INTO[1] * sum(operations(*conv.into(conv.m, each)) for each in conv.residues)
     back = _BACK[0] * places + _BACK[1] * operations(back_down, back_along)
     hidden = max(products, traffic) + _NOT_HIDDEN * min(products, traffic)
+    if conv.gathers:
+        into += _GATHER * conv.lanes * places
     into *= tiles * conv.in_blocks * (conv.block // conv.lanes) * conv.groups
     back *= tiles * channels / conv.lanes
     return hidden + into + back + _START + _PLACE * conv.places

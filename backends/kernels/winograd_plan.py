@@ -61,6 +61,7 @@ class WinogradPlan:
         near_bytes: larger weights come from beyond the second-level cache.
         by_lane: multiply-adds take one lane of a vector.
         in_place: there is `Isa.multiply_add`.
+        gathers: whether neighbouring channels of the input are no neighbours in memory.
     """
 
     spec: ConvSpec
@@ -79,6 +80,7 @@ class WinogradPlan:
     near_bytes: int
     by_lane: bool
     in_place: bool
+    gathers: bool
 
     @property
     def places(self) -> int:

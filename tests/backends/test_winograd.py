@@ -320,6 +320,39 @@ def test_strides(
     assert origins(program)[1] == "winograd"
 
 
+@pytest.mark.parametrize(
+    ("target", "batch", "channels", "kernel", "stride", "padding", "size"),
+    [
+        ("host", 1, 3, (7, 7), (2, 2), (3, 3), (38, 44)),
+        ("host", 2, 3, (7, 7), (2, 2), (3, 3), (21, 17)),
+        ("host", 1, 3, (11, 11), (4, 4), (2, 2), (48, 45)),
+        ("host", 1, 4, (5, 7), (2, 3), (0, 3), (23, 31)),
+        ("host", 3, 1, (6, 6), (2, 2), (2, 2), (16, 13)),
+        ("host", 1, 5, (3, 3), (1, 1), (1, 1), (9, 12)),
+        ("host", 2, 11, (3, 3), (2, 1), (1, 0), (10, 8)),
+        ("host", 1, 3, (3, 3), (2, 2), (1, 1), (1, 9)),
+        ("host", 1, 2, (1, 10), (1, 5), (0, 3), (1, 57)),
+        ("host", 1, 2, (7, 1), (2, 1), (3, 0), (23, 1)),
+        ("arm", 1, 3, (7, 7), (2, 2), (3, 3), (17, 20)),
+        ("arm", 2, 3, (11, 11), (4, 4), (2, 2), (27, 31)),
+        ("x86-64-v2", 1, 3, (7, 7), (2, 2), (3, 3), (17, 20)),
+        ("x86-64-v3", 1, 3, (7, 7), (2, 2), (3, 3), (26, 25)),
+    ],
+)
+def test_plain_inputs(
+    target: str, batch: int, channels: int, kernel: tuple[int, int], stride: tuple[int, int],
+    padding: tuple[int, int], size: tuple[int, int], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """First layers: pixels of a stride's windows for channels, windows that the image cuts."""
+    monkeypatch.setattr(winograd, "direct_cost", lambda *_: float("inf"))
+    b = Builder(kernel[1])
+    x = b.input(b.random(batch, channels, *size))
+    y = b.conv(x, 24, kernel, padding=list(padding), stride=list(stride))
+    b.returns(b.conv(b.op(aten.silu.default, y), 4, (1, 1)))
+    program = check(b, tolerance=2e-5, target=target, threads=2)
+    assert origins(program)[0] == "winograd"
+
+
 def test_strides_of_the_resnets() -> None:
     """3×3 with stride 2: faster than direct, but not for eight more megabytes on 7×7."""
     target = get_target("x86-64-v3")
