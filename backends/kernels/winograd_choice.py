@@ -89,7 +89,7 @@ def plans(
         return cycles + _price(conv.weights, isa, l2_bytes)
 
     best: dict[tuple[int, int], WinogradPlan] = {}
-    for conv in sorted(_candidates(spec, isa, l2_bytes, plain), key=weigh):
+    for conv in sorted(_candidates(spec, isa, l2_bytes, cores, plain), key=weigh):
         if conv.weights <= l2_bytes or conv.growth <= _MOST_GROWTH:
             best.setdefault(conv.m, conv)
     return list(best.values())
@@ -106,7 +106,7 @@ def plan(spec: ConvSpec, isa: Isa, l2_bytes: int) -> WinogradPlan:
 
 
 def _candidates(
-    spec: ConvSpec, isa: Isa, l2_bytes: int, plain: bool
+    spec: ConvSpec, isa: Isa, l2_bytes: int, cores: int, plain: bool
 ) -> Iterator[WinogradPlan]:
     block = isa.block
     blocks = -(-spec.ocg // block)
@@ -117,7 +117,7 @@ def _candidates(
         rows, columns = (
             -(-size // (n * d)) for size, n, d in zip(spec.out_size, m, spec.dilation, strict=True)
         )
-        cuts = _cuts(spec, m, rows * columns, pixels)
+        cuts = _cuts(spec, m, rows * columns, pixels, cores)
         for groups in range(1, out_tiles + 1):
             per_group = out_tiles // groups
             if out_tiles % groups or (groups > 1 and per_group * vectors * block < 64):
@@ -131,12 +131,18 @@ def _candidates(
                 )  # fmt: skip
 
 
-def _cuts(spec: ConvSpec, m: tuple[int, int], of_phase: int, pixels: int) -> set[tuple[Split, int]]:
-    """The ways to cut so many tiles a phase for the tasks, with the whole phases of each, or 0."""
+def _cuts(
+    spec: ConvSpec, m: tuple[int, int], of_phase: int, pixels: int, cores: int
+) -> set[tuple[Split, int]]:
+    """The ways to cut so many tiles a phase for the tasks, with the whole phases of each, or 0.
+
+    By register tiles, or evenly among the cores.
+    """
     phases = spec.batch * prod(spec.dilation)
     tiles = phases * of_phase
-    counts = range(pixels, _MOST_TILES + 1, pixels)
-    cuts = {(split(tiles, min(tiles, size)), 0) for size in counts}
+    tasks = {-(-tiles // size) for size in range(pixels, _MOST_TILES + 1, pixels)}
+    tasks |= {-(-count // n) * n for count in tasks for n in (2, 4) if n <= cores}
+    cuts = {(split(tiles, -(-tiles // count)), 0) for count in tasks}
     alike = not any(size % d for size, d in zip(spec.out_size, spec.dilation, strict=True))
     of_all = zip(spec.out_size, m, spec.dilation, strict=True)
     if alike and any(size % (n * d) for size, n, d in of_all):

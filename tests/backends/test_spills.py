@@ -158,7 +158,7 @@ CASES = {
         "winograd F(4×4,3×3) 24×3", conv(24, 3, 3, padding=1), (1, 24, 76, 76), "silu"
     ),
     "Winograd F(3×3)": Case(
-        "winograd F(3×3,3×3) 16×6", conv(64, 3, 3, padding=1), (1, 64, 27, 27), "silu"
+        "winograd F(3×3,3×3) 16×6", conv(64, 3, 3, padding=1), (1, 64, 21, 21), "silu"
     ),
     "Winograd F(2×2)": Case(
         "winograd F(2×2,3×3) 16×6", conv(128, 3, 3, padding=1), (1, 128, 7, 7), "relu",
