@@ -125,6 +125,11 @@ class _View:
         """Whether neighbouring channels are neighbours in blocks, those of other frames too."""
         return self.frames is None or channels % block == 0
 
+    def run(self, lanes: int) -> int:
+        """Channels that are neighbours in a plain image, whole runs of them in a vector."""
+        columns = self.window[1]
+        return 1 if self.column or self.is_cut or lanes % columns else columns
+
     def index(self, rank: int) -> Callable[[Expr, Expr, Expr, Expr], Index]:
         """The output's index of (n, channel, row, column) of the spec."""
         return _place(rank, self.column) if self.frames is None else self.frames.index
@@ -286,6 +291,7 @@ def _product(
             fence=request.fence,
             ahead=ahead,
             vector_in=request.spec(source).layout != PLAIN and whole,
+            run=view.run(request.target.isa.narrow),
             row=request.target.isa.narrow if block is None and spec.ocg >= _ROW_CHANNELS else 0,
             out=lambda n, c, h, w: out.load(index(n, c, h, w)),
         )

@@ -168,13 +168,14 @@ def _transform_input(
         T.buffer_store(inputs, value, [numbers[place], number * block + first + lane])
 
     def load(tile_: Any, i: int, j: int) -> None:
-        with T.serial(0, lanes) if conv.gathers else T.vectorized(0, lanes) as lane:
-            channel = cb * block + first + lane
+        run = access.run if conv.gathers else lanes
+        with loop(lanes // run) as number, T.vectorized(0, run) as lane:
+            which = cb * (block // run) + first // run + number
             if conv.gathers:
                 # Those behind the last one are not multiplied.
-                channel = tirx.min(channel, spec.icg - 1)
-            value = access.x(tile.n, channel, in_rows[i], in_columns[j])
-            T.buffer_store(tile_, value, [(i * wide + j) * lanes + lane])
+                which = tirx.min(which, spec.icg // run - 1)
+            value = access.x(tile.n, which * run + lane, in_rows[i], in_columns[j])
+            T.buffer_store(tile_, value, [(i * wide + j) * lanes + number * run + lane])
 
     rows = [_within(row, spec.in_size[0]) for row in in_rows]
     columns = [_within(column, spec.in_size[1]) for column in in_columns]
