@@ -79,8 +79,12 @@ def _swapped(spec: ConvSpec) -> ConvSpec:
     return replace(spec, **flip)
 
 
-def _place(rank: int, swapped: bool) -> Callable[[Expr, Expr, Expr, Expr], Index]:
-    """The tensor's index of (n, channel, row, column) of the spec."""
+Place = Callable[[Expr, Expr, Expr, Expr], Index]
+"""The tensor's index of (n, channel, row, column) of the spec."""
+
+
+def place_of(rank: int, swapped: bool = False) -> Place:
+    """The `Place` in a tensor of rank 3 or 4, whose rows and columns may be exchanged."""
 
     def index(n: Expr, c: Expr, h: Expr, w: Expr) -> Index:
         if rank == 3:
@@ -119,15 +123,15 @@ class _View:
         """Whether neighbouring channels are neighbours in blocks, those of other frames too."""
         return self.frames is None or channels % block == 0
 
-    def index(self, rank: int) -> Callable[[Expr, Expr, Expr, Expr], Index]:
+    def index(self, rank: int) -> Place:
         """The output's index of (n, channel, row, column) of the spec."""
-        return _place(rank, self.column) if self.frames is None else self.frames.index
+        return place_of(rank, self.column) if self.frames is None else self.frames.index
 
-    def place(self, rank: int) -> Callable[[Expr, Expr, Expr, Expr], Index]:
+    def place(self, rank: int) -> Place:
         """The input's index of (n, channel, row, column) of the spec."""
         if self.frames is not None:
             return self.frames.inside
-        index, (rows, columns) = _place(rank, self.column), self.window
+        index, (rows, columns) = place_of(rank, self.column), self.window
         if self.window == (1, 1):
             return index
 
@@ -224,18 +228,14 @@ def _product(
             x = collapse(x, call.shape, (2, 3))
             out = collapse(out, call.shape, (2, 3))
             group = group.with_views(lambda each: collapse(each, call.shape, (2, 3)))
-        access = Accessors(
-            x=lambda n, c, h, w: x.load(inside(n, c, h, w)),
-            store=epilogue_store(request, group, out, index),
+        access = accessors(
+            request, group, x, inside, out, index,
             vector=in_blocks,
             padded=in_blocks and spec.groups == 1,
-            heavy=request.heavy_epilogue,
-            fence=request.fence,
             ahead=ahead,
             vector_in=request.spec(source).layout != PLAIN and whole,
             row=request.target.isa.narrow if block is None and spec.ocg >= _ROW_CHANNELS else 0,
-            out=lambda n, c, h, w: out.load(index(n, c, h, w)),
-        )
+        )  # fmt: skip
         product.emit(task, constants[0], scratch, access)
 
     reads = request.reads_without(call["weight"])
@@ -245,18 +245,30 @@ def _product(
                         own_flops=product.own_flops)  # fmt: skip
 
 
-def epilogue_store(request: Request, group: Group, out: View, index: Any) -> Any:
-    """A function that adds the bias, runs the epilogue and stores one element."""
+def accessors(
+    request: Request, group: Group, x: View, inside: Place, out: View, place: Place, **details: Any
+) -> Accessors:
+    """How the kernel reaches its operands: the input at `inside`, the output at `place`.
+
+    A store adds the bias and runs the epilogue; `details` are what else `Accessors` says.
+    """
     bias = request.call["bias"]
 
     def store(n: Expr, c: Expr, h: Expr, w: Expr, value: Expr) -> None:
-        place = index(n, c, h, w)
+        index = place(n, c, h, w)
         if bias is not None:
-            value = value + group.read(bias, (place[1],))
+            value = value + group.read(bias, (index[1],))
         group.give(request.anchor, lambda _: value)
-        out.store(place, group.read(request.root, place))
+        out.store(index, group.read(request.root, index))
 
-    return store
+    return Accessors(
+        x=lambda n, c, h, w: x.load(inside(n, c, h, w)),
+        store=store,
+        out=lambda n, c, h, w: out.load(place(n, c, h, w)),
+        heavy=request.heavy_epilogue,
+        fence=request.fence,
+        **details,
+    )
 
 
 def lower_depthwise(request: Request) -> KernelSource | None:
@@ -281,20 +293,15 @@ def lower_depthwise(request: Request) -> KernelSource | None:
         return None
     packed = depthwise.pack_weights(weight, plan)
 
-    index = _place(rank, column) if frames is None else frames.index
+    index = place_of(rank, column) if frames is None else frames.index
     inside = index if frames is None else frames.inside
 
     def emit(
         task: Expr, views: dict[fx.Node, View], constants: list[Any], out: View, group: Group,
         scratch: Any,
     ) -> None:  # fmt: skip
-        x = views[source]
-        access = Accessors(
-            x=lambda n, c, h, w: x.load(inside(n, c, h, w)),
-            store=epilogue_store(request, group, out, index),
-            vector=True,
-            padded=True,
-            heavy=request.heavy_epilogue,
+        access = accessors(
+            request, group, views[source], inside, out, index, vector=True, padded=True
         )
         depthwise.emit(plan, task, constants[0], access)
 
