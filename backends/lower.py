@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 import tvm_ffi
 from torch import fx
 
@@ -28,6 +27,7 @@ from graphopt.program.ir import ALIGNMENT, Buffer, Kernel, Program, Role, Step
 from graphopt.program.layout import PLAIN, physical_size
 from graphopt.program.layouts import assign_layouts
 from graphopt.program.memory import Lifetime, largest_live, lifetimes_of, plan_offsets, round_up
+from graphopt.program.outputs import with_own_outputs
 from graphopt.program.padding import write_padding
 from graphopt.program.partition import NodeGroup, partition, tensor_operands
 from graphopt.program.pieces import plan_pieces
@@ -125,6 +125,10 @@ class Lowering:
         return self.home[node]
 
     # Steps
+
+    def groups(self) -> list[NodeGroup]:
+        """What becomes kernels, names and pieces, in an order in which they can run."""
+        return partition(self.gm, self.layouts, self.pieces.unmoved)
 
     def lower_group(self, group: NodeGroup, destination: str | None) -> None:
         """Make the group's kernel and its step."""
@@ -276,19 +280,16 @@ def lower(
     Raises:
         UnsupportedError: listing every operator without a kernel.
     """
-    check_supported(gm)
-    gm = with_own_outputs(gm)
-    write_padding(gm)
+    state = begin(gm, target, name, winograd, choice)
+    gm = state.gm
     outputs = list(G.outputs(gm))
-    state = Lowering(gm, target, name, winograd, choice)
     for node, label in zip(G.placeholders(gm), gm.meta["input_names"], strict=True):
         state.home[node] = state.add_buffer(label, state.spec(node), "input")
     output_names: dict[fx.Node, str] = {}
     for node, label in zip(outputs, gm.meta["output_names"], strict=True):
         spec = BufferSpec(G.shape(node), TIR_NAMES[G.value(node).dtype])
         output_names[node] = state.add_buffer(label, spec, "output")
-    groups = partition(gm, state.layouts, state.pieces.unmoved)
-    for group in groups:
+    for group in state.groups():
         if group.root in state.pieces.unmoved:
             state.add_arena(group.root)
             continue
@@ -300,31 +301,14 @@ def lower(
     return finish(state, [output_names[node] for node in outputs])
 
 
-def with_own_outputs(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of the graph whose every output is a node that a kernel writes to the caller's memory.
-
-    Inputs, constants, views, values read by others and values returned twice are returned through a
-    copy.
-    """
-    graph = fx.Graph()
-    returned: Any = graph.graph_copy(gm.graph, {})
-    seen: set[fx.Node] = set()
-    fresh: list[fx.Node] = []
-    for node in returned:
-        computed = node.op == "call_function" and OPS[node.target].kind is not Kind.VIEW
-        # A tensor that kernels read too may be blocked for them; the caller's copy is row-major.
-        shared = bool(node.users) and len(G.shape(node)) >= 3
-        if computed and not shared and node not in seen:
-            seen.add(node)
-            fresh.append(node)
-            continue
-        identity = list(range(len(G.shape(node))))
-        origin = G.origin(node) or (f"output of {node.name}",)
-        fresh.append(G.call(graph, torch.ops.aten.permute.default, (node, identity), origin=origin))
-    graph.output(tuple(fresh))
-    copy = fx.GraphModule(gm, graph)
-    copy.meta.update(gm.meta)
-    return copy
+def begin(
+    gm: fx.GraphModule, target: Target, name: str, winograd: bool = True, choice: Choice = by_cost
+) -> Lowering:
+    """The lowering of a copy of the graph, of which nothing is lowered yet; see `lower`."""
+    check_supported(gm)
+    gm = with_own_outputs(gm)
+    write_padding(gm)
+    return Lowering(gm, target, name, winograd, choice)
 
 
 def finish(state: Lowering, outputs: list[str]) -> Program:

@@ -10,13 +10,11 @@ from torch import fx
 
 from graphopt import graph as G
 from graphopt.backends.kernels.base import Alternatives
-from graphopt.backends.lower import Lowering, by_cost, finish, offer, with_own_outputs
-from graphopt.backends.supported import check_supported
+from graphopt.backends.lower import Lowering, begin, finish, offer
 from graphopt.backends.target import Target
 from graphopt.program.ir import Buffer, Program, Step
 from graphopt.program.layout import PLAIN
-from graphopt.program.padding import write_padding
-from graphopt.program.partition import NodeGroup, partition
+from graphopt.program.partition import NodeGroup
 
 _MOST_COPIES = 16
 
@@ -54,15 +52,12 @@ def tunable_kernels(gm: fx.GraphModule, target: Target) -> list[TunableKernel]:
     Raises:
         UnsupportedError: listing every operator without a kernel.
     """
-    check_supported(gm)
-    gm = with_own_outputs(gm)
-    write_padding(gm)
-    state = Lowering(gm, target, "kernel", True, by_cost)
+    state = begin(gm, target, "kernel")
     found: dict[str, TunableKernel] = {}
-    for group in partition(gm, state.layouts, state.pieces.unmoved):
+    for group in state.groups():
         made = None if group.alias else offer(state.request(group))
         if isinstance(made, Alternatives) and len(made.candidates) > 1:
-            known = found.get(made.key, TunableKernel(gm, group, made, 0))
+            known = found.get(made.key, TunableKernel(state.gm, group, made, 0))
             found[made.key] = replace(known, uses=known.uses + 1)
     return sorted(found.values(), key=lambda kernel: -kernel.cycles)
 

@@ -56,11 +56,11 @@ class Entry:
 def key_of(alternatives: Alternatives, target: Target) -> str:
     """What an entry is stored under: the CPU, the versions that make code for it, the kernel.
 
-    Boards with the same CPU share entries. The second-level cache is in the key because plans are
-    cut to it.
+    Boards with the same CPU share entries. The second-level cache and the number of cores are in
+    the key because plans are cut to them: a candidate of the same name is another kernel then.
     """
     return (
-        f"{target.isa.name} {target.mcpu} l2={target.l2_bytes // 1024}K "
+        f"{target.isa.name} {target.mcpu} l2={target.l2_bytes // 1024}K cores={target.cores} "
         f"generators={GENERATOR_VERSION} tvm={metadata.version('apache-tvm')} | {alternatives.key}"
     )
 

@@ -81,8 +81,12 @@ def _swapped(spec: ConvSpec) -> ConvSpec:
     return replace(spec, **flip)
 
 
-def _place(rank: int, swapped: bool) -> Callable[[Expr, Expr, Expr, Expr], Index]:
-    """The tensor's index of (n, channel, row, column) of the spec."""
+Place = Callable[[Expr, Expr, Expr, Expr], Index]
+"""The tensor's index of (n, channel, row, column) of the spec."""
+
+
+def place_of(rank: int, swapped: bool = False) -> Place:
+    """The `Place` in a tensor of rank 3 or 4, whose rows and columns may be exchanged."""
 
     def index(n: Expr, c: Expr, h: Expr, w: Expr) -> Index:
         if rank == 3:
@@ -130,15 +134,15 @@ class _View:
         columns = self.window[1]
         return 1 if self.column or self.is_cut or lanes % columns else columns
 
-    def index(self, rank: int) -> Callable[[Expr, Expr, Expr, Expr], Index]:
+    def index(self, rank: int) -> Place:
         """The output's index of (n, channel, row, column) of the spec."""
-        return _place(rank, self.column) if self.frames is None else self.frames.index
+        return place_of(rank, self.column) if self.frames is None else self.frames.index
 
-    def place(self, rank: int) -> Callable[[Expr, Expr, Expr, Expr], Index]:
+    def place(self, rank: int) -> Place:
         """The input's index of (n, channel, row, column) of the spec."""
         if self.frames is not None:
             return self.frames.inside
-        index, (rows, columns) = _place(rank, self.column), self.window
+        index, (rows, columns) = place_of(rank, self.column), self.window
         top, left = self.offset
         if self.window == (1, 1):
             return index
@@ -186,28 +190,48 @@ def _phases(view: _View, weight: npt.NDArray[Any]) -> tuple[_View, npt.NDArray[A
     spec, stride = view.spec, view.spec.stride
     if view.window != (1, 1) or spec.groups > 1 or stride == (1, 1) or spec.dilation != (1, 1):
         return view, weight
-    padding, offset, taps, in_size, around = [], [], [], [], [(0, 0), (0, 0)]
-    for axis, step in enumerate(stride):
-        kernel, before = spec.kernel[axis], spec.padding[axis]
-        front = -before % step
+
+    def windows(axis: int) -> tuple[int, int, int, int]:
+        """The zeros in front of the kernel, windows it has and the image has, rows before it."""
+        kernel, step, padding = (each[axis] for each in (spec.kernel, stride, spec.padding))
+        front = -padding % step
         if -(-(front + kernel) // step) > -(-kernel // step):
             front = 0
-        taps.append(-(-(front + kernel) // step))
-        around.append((front, taps[axis] * step - front - kernel))
-        padding.append((front + before) // step)
-        offset.append((front + before) % step)
-        in_size.append(-(-(spec.in_size[axis] + offset[axis]) // step))
-    spread = np.pad(weight.reshape(*weight.shape[:2], *spec.kernel), around)
-    windows = spread.reshape(*weight.shape[:2], taps[0], stride[0], taps[1], stride[1])
+        before = (front + padding) % step
+        return (
+            front,
+            -(-(front + kernel) // step),
+            -(-(spec.in_size[axis] + before) // step),
+            before,
+        )
+
+    (top, rows, high, above), (left, columns, wide, beside) = windows(0), windows(1)
+    ends = rows * stride[0] - top - spec.kernel[0], columns * stride[1] - left - spec.kernel[1]
+    spread = np.pad(weight.reshape(*weight.shape[:2], *spec.kernel),
+                    ((0, 0), (0, 0), (top, ends[0]), (left, ends[1])))  # fmt: skip
+    cut = spread.reshape(*weight.shape[:2], rows, stride[0], columns, stride[1])
     phased = replace(
-        spec, icg=spec.icg * prod(stride), in_size=tuple(in_size), kernel=tuple(taps),
-        stride=(1, 1), padding=tuple(padding),
+        spec, icg=spec.icg * prod(stride), in_size=(high, wide), kernel=(rows, columns),
+        stride=(1, 1),
+        padding=((spec.padding[0] + top) // stride[0], (spec.padding[1] + left) // stride[1]),
     )  # fmt: skip
-    channels = windows.transpose(0, 1, 3, 5, 2, 4).reshape(len(weight), phased.icg, *taps)
-    whole = zip(spec.in_size, in_size, stride, strict=True)
-    is_cut = any(offset) or any(size != count * step for size, count, step in whole)
-    phases = replace(view, spec=phased, window=stride, offset=tuple(offset), is_cut=is_cut)
+    is_cut = above + beside > 0 or spec.in_size != (high * stride[0], wide * stride[1])
+    channels = cut.transpose(0, 1, 3, 5, 2, 4).reshape(len(weight), phased.icg, rows, columns)
+    phases = replace(view, spec=phased, window=stride, offset=(above, beside), is_cut=is_cut)
     return phases, channels
+
+
+def _with_zeros(
+    x: View, inside: Place, shape: tuple[int, ...]
+) -> Callable[[Expr, Expr, Expr, Expr], Expr]:
+    """Reads zeros outside of the image."""
+
+    def load(n: Expr, c: Expr, h: Expr, w: Expr) -> Expr:
+        place = inside(n, c, h, w)
+        there = (tirx.all(i >= 0, i < size) for i, size in zip(place[2:], shape[2:], strict=True))
+        return tirx.if_then_else(tirx.all(*there), x.load(place), f32(0.0))
+
+    return load
 
 
 def lower_products(request: Request) -> Alternatives | None:
@@ -273,28 +297,17 @@ def _product(
             x = collapse(x, call.shape, (2, 3))
             out = collapse(out, call.shape, (2, 3))
             group = group.with_views(lambda each: collapse(each, call.shape, (2, 3)))
-
-        def load(n: Expr, c: Expr, h: Expr, w: Expr) -> Expr:
-            place = inside(n, c, h, w)
-            if not view.is_cut:
-                return x.load(place)
-            size = call.shape_of("input")[2:]
-            there = (tirx.all(i >= 0, i < n) for i, n in zip(place[2:], size, strict=True))
-            return tirx.if_then_else(tirx.all(*there), x.load(place), f32(0.0))
-
-        access = Accessors(
-            x=load,
-            store=epilogue_store(request, group, out, index),
+        access = accessors(
+            request, group, x, inside, out, index,
             vector=in_blocks,
             padded=in_blocks and spec.groups == 1,
-            heavy=request.heavy_epilogue,
-            fence=request.fence,
             ahead=ahead,
             vector_in=request.spec(source).layout != PLAIN and whole,
             run=view.run(request.target.isa.narrow),
             row=request.target.isa.narrow if block is None and spec.ocg >= _ROW_CHANNELS else 0,
-            out=lambda n, c, h, w: out.load(index(n, c, h, w)),
-        )
+        )  # fmt: skip
+        if view.is_cut:
+            access = replace(access, x=_with_zeros(x, inside, call.shape_of("input")))
         product.emit(task, constants[0], scratch, access)
 
     reads = request.reads_without(call["weight"])
@@ -305,18 +318,30 @@ def _product(
                         own_flops=product.own_flops)  # fmt: skip
 
 
-def epilogue_store(request: Request, group: Group, out: View, index: Any) -> Any:
-    """A function that adds the bias, runs the epilogue and stores one element."""
+def accessors(
+    request: Request, group: Group, x: View, inside: Place, out: View, place: Place, **details: Any
+) -> Accessors:
+    """How the kernel reaches its operands: the input at `inside`, the output at `place`.
+
+    A store adds the bias and runs the epilogue; `details` are what else `Accessors` says.
+    """
     bias = request.call["bias"]
 
     def store(n: Expr, c: Expr, h: Expr, w: Expr, value: Expr) -> None:
-        place = index(n, c, h, w)
+        index = place(n, c, h, w)
         if bias is not None:
-            value = value + group.read(bias, (place[1],))
+            value = value + group.read(bias, (index[1],))
         group.give(request.anchor, lambda _: value)
-        out.store(place, group.read(request.root, place))
+        out.store(index, group.read(request.root, index))
 
-    return store
+    return Accessors(
+        x=lambda n, c, h, w: x.load(inside(n, c, h, w)),
+        store=store,
+        out=lambda n, c, h, w: out.load(place(n, c, h, w)),
+        heavy=request.heavy_epilogue,
+        fence=request.fence,
+        **details,
+    )
 
 
 def lower_depthwise(request: Request) -> KernelSource | None:
@@ -341,20 +366,15 @@ def lower_depthwise(request: Request) -> KernelSource | None:
         return None
     packed = depthwise.pack_weights(weight, plan)
 
-    index = _place(rank, column) if frames is None else frames.index
+    index = place_of(rank, column) if frames is None else frames.index
     inside = index if frames is None else frames.inside
 
     def emit(
         task: Expr, views: dict[fx.Node, View], constants: list[Any], out: View, group: Group,
         scratch: Any,
     ) -> None:  # fmt: skip
-        x = views[source]
-        access = Accessors(
-            x=lambda n, c, h, w: x.load(inside(n, c, h, w)),
-            store=epilogue_store(request, group, out, index),
-            vector=True,
-            padded=True,
-            heavy=request.heavy_epilogue,
+        access = accessors(
+            request, group, views[source], inside, out, index, vector=True, padded=True
         )
         depthwise.emit(plan, task, constants[0], access)
 

@@ -21,16 +21,16 @@ from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.kernels.base import KernelSource, Request, same_place
 from graphopt.backends.kernels.builder import View
-from graphopt.backends.kernels.conv import epilogue_store
+from graphopt.backends.kernels.conv import accessors, place_of
 from graphopt.backends.kernels.conv_product import (
     Product,
     direct_products,
     products,
     winograd_products,
 )
-from graphopt.backends.kernels.conv_spec import Accessors, ConvSpec
+from graphopt.backends.kernels.conv_spec import ConvSpec
 from graphopt.backends.kernels.fusion import Group
-from graphopt.ops.opdef import Call, Expr
+from graphopt.ops.opdef import Call, Expr, Index
 from graphopt.program.layout import PLAIN, block_of
 
 _MOST_PHASES = 16
@@ -104,6 +104,7 @@ def lower_transposed(request: Request) -> KernelSource | None:
     best = _joint_product(request, joint[0], phases) if joint is not None else None
     if joint is not None and best is not None:
         return _lower_joint(request, best, joint[1], (len(rows), len(columns)), flops)
+    index = place_of(rank)
     block = block_of(request.spec(request.root).layout)
     groups = int(call["groups"])
     in_blocks = block is not None and (groups == 1 or (call.shape[1] // groups) % block == 0)
@@ -112,22 +113,17 @@ def lower_transposed(request: Request) -> KernelSource | None:
         task: Expr, views: dict[fx.Node, View], constants: list[Any], out: View, group: Group,
         scratch: Any,
     ) -> None:  # fmt: skip
-        x = views[source]
-
         def one(phase: _Phase) -> None:
-            def place(n: Expr, c: Expr, h: Expr, w: Expr) -> tuple[Expr, ...]:
+            def place(n: Expr, c: Expr, h: Expr, w: Expr) -> Index:
                 row, column = h * stride[0] + phase.rows.phase, w * stride[1] + phase.columns.phase
-                return (n, c, row, column) if rank == 4 else (n, c, column)
+                return index(n, c, row, column)
 
-            access = Accessors(
-                x=lambda n, c, h, w: x.load((n, c, h, w) if rank == 4 else (n, c, w)),
-                store=epilogue_store(request, group, out, place),
+            access = accessors(
+                request, group, views[source], index, out, place,
                 vector=in_blocks,
                 padded=in_blocks and groups == 1,
-                heavy=request.heavy_epilogue,
-                fence=request.fence,
                 vector_in=request.spec(source).layout != PLAIN,
-            )
+            )  # fmt: skip
             weights = T.decl_buffer(
                 (packed.size - phase.first_weight,), "float32", data=constants[0].data,
                 elem_offset=phase.first_weight,
@@ -234,30 +230,23 @@ def _lower_joint(
     """Make the kernel of what `_joint_product` chose."""
     call = request.call
     source: fx.Node = call["input"]
-    rank, channels = len(call.shape), call.shape[1]
+    index, channels = place_of(len(call.shape)), call.shape[1]
     in_blocks = request.spec(request.root).layout != PLAIN
     # In whole blocks, so that a vector of channels stays one.
     step = request.target.isa.block if in_blocks else 1
 
-    def place(n: Expr, c: Expr, h: Expr, w: Expr) -> tuple[Expr, ...]:
+    def place(n: Expr, c: Expr, h: Expr, w: Expr) -> Index:
         phase, channel = c // step // (channels // step), c // step % (channels // step)
         channel = channel * step + c % step
         row, column = h * stride[0] + phase // stride[1], w * stride[1] + phase % stride[1]
-        return (n, channel, row, column) if rank == 4 else (n, channel, column)
+        return index(n, channel, row, column)
 
     def emit(
         task: Expr, views: dict[fx.Node, View], constants: list[Any], out: View, group: Group,
         scratch: Any,
     ) -> None:  # fmt: skip
-        x = views[source]
-        access = Accessors(
-            x=lambda n, c, h, w: x.load((n, c, h, w) if rank == 4 else (n, c, w)),
-            store=epilogue_store(request, group, out, place),
-            vector=in_blocks,
-            padded=in_blocks,
-            heavy=request.heavy_epilogue,
-            fence=request.fence,
-            out=lambda n, c, h, w: out.load(place(n, c, h, w)),
+        access = accessors(
+            request, group, views[source], index, out, place, vector=in_blocks, padded=in_blocks
         )
         joint.emit(task, constants[0], scratch, access)
 

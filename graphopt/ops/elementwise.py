@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from tvm import tirx
 
+from graphopt.ops import activation, trigonometry
 from graphopt.ops import math as m
-from graphopt.ops import trigonometry
 from graphopt.ops.binary import BINARY, larger, smaller
 from graphopt.ops.math import at_least, at_most, const, dtype_of, equal, is_nan, share
 from graphopt.ops.opdef import Call, Expr, Kind, OpDef, Sample
@@ -61,7 +61,7 @@ def _rounding(function: Callable[[Expr], Expr]) -> Callable[..., Expr]:
 
 
 def _gelu(call: Call, x: Expr) -> Expr:
-    return (m.gelu_tanh if call["approximate"] == "tanh" else m.gelu)(wide(x))
+    return (activation.gelu_tanh if call["approximate"] == "tanh" else activation.gelu)(wide(x))
 
 
 def _check_gelu(call: Call) -> str | None:
@@ -113,7 +113,7 @@ def _softplus(call: Call, x: Expr) -> Expr:
     x, beta = share(wide(x)), call["beta"]
     scaled = share(x * const(beta))
     return tirx.Select(
-        scaled > const(call["threshold"]), x, m.softplus(scaled) * const(1 / beta)
+        scaled > const(call["threshold"]), x, activation.softplus(scaled) * const(1 / beta)
     )  # fmt: skip
 
 
@@ -186,7 +186,7 @@ _MIXED = (*unary_samples(), *_INTEGERS)
 
 UNARY: tuple[OpDef, ...] = (
     _unary("relu", _relu, samples=_MIXED),
-    _transcendental("sigmoid", m.sigmoid, _MIXED),
+    _transcendental("sigmoid", activation.sigmoid, _MIXED),
     _transcendental("tanh", m.tanh),
     _transcendental("exp", m.exp, unary_samples(scale=30.0)),
     _transcendental("log", m.log_natural),
@@ -204,8 +204,8 @@ UNARY: tuple[OpDef, ...] = (
     _transcendental("tan", trigonometry.tan, unary_samples(special=False)),
     *(_transcendental(name, getattr(trigonometry, name)) for name in (
         "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh")),
-    _transcendental("silu", m.silu, unary_samples(special=False)),
-    _transcendental("mish", m.mish),
+    _transcendental("silu", activation.silu, unary_samples(special=False)),
+    _transcendental("mish", activation.mish),
     _transcendental("hardswish", _hardswish),
     _transcendental("hardsigmoid", _hardsigmoid),
     _unary("gelu", _gelu, check=_check_gelu, samples=(

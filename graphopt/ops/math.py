@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from math import inf, log, nan, pi, sqrt
+from math import inf, log, nan
 from typing import Any
 
 from tvm import tirx
@@ -84,16 +84,14 @@ _AT_LEAST = _declare_bound("graphopt.at_least", operator.gt, "llvm.maximum")
 SHIFT = 12582912.0
 """1.5 · 2²³: adding it rounds a float32 below 2²² to an integer, which shows in the low bits."""
 _SHIFT_BITS = 0x4B400000
-_SHIFT_TO_EXPONENT = SHIFT + 127
+SHIFT_TO_EXPONENT = SHIFT + 127
 """The same, with the integer in the low bits ready to become the exponent of a power of two."""
 _SQRT_HALF_BITS = 0x3F3504F3
-_LN2_HIGH = 355 / 512
-_LN2_LOW = -2.121944400546905827679e-4
+LN2_HIGH = 355 / 512
+LN2_LOW = -2.121944400546905827679e-4
 
 _EXP = (0.49999994, 0.16666517, 0.04166828, 0.008369249, 0.0013820776)
 _EXP2 = (0.6931472, 0.24022648, 0.05550358, 0.009618503, 0.001339189, 0.00015329236)
-# r·coth(r/2) in r², |r| ≤ ln(2)/2.
-_R_COTH = (2.0, 0.16666584, -0.0027639069)
 # 2^r = 1 + r·P(r) for |r| ≤ ½, relative error 1.5e-7.
 _EXP2_SHORT = (
     *(0.6931470036506653, 0.24022246897220612, 0.0555071122944355),
@@ -112,15 +110,6 @@ _ERFC = (
     *(1.6279646158218384, 0.9180058240890503, 0.14970773458480835, -0.03017890453338623),
     *(0.002487889723852277, 0.0006252189050428569, -0.00021636414749082178),
     2.066807064693421e-05,
-)
-# S(x) = erf(x/√2)/2 = x·P(x²)/Q(x²) up to 5.5, a little too steep so that it gets to ±½.
-_NORMAL = (
-    *(0.3989422619342804, 0.033853400498628616, 0.004677302204072475),
-    *(0.00016883258649613708, 6.352091986627784e-06, 2.2748356087731736e-08),
-)
-_NORMAL_UNDER = (
-    *(1.0, 0.25152379274368286, 0.028646288439631462),
-    *(0.0018844843143597245, 7.36493238946423e-05, 1.1974724429819616e-06),
 )
 
 
@@ -239,7 +228,7 @@ def _split(x: Expr) -> tuple[Expr, Expr]:
     x = share(x)
     shifted = share(x * const(1 / log(2)) + const(SHIFT))
     n = share(shifted - const(SHIFT))
-    r = share((x + n * const(-_LN2_HIGH)) + n * const(-_LN2_LOW))
+    r = share((x + n * const(-LN2_HIGH)) + n * const(-LN2_LOW))
     return share(bits(shifted) - _SHIFT_BITS), r
 
 
@@ -292,8 +281,8 @@ def exp2_nonpositive(x: Expr) -> Expr:
     """2 to the x for x ≤ 0, max 2.2 ulp; results below 2^-126.5 become 0."""
     x = at_least(x, -127.0)
     # The exponent's bits of 2⁻¹²⁷ are those of 0.
-    shifted = share(x + const(_SHIFT_TO_EXPONENT))
-    r = share(x - share(shifted - const(_SHIFT_TO_EXPONENT)))
+    shifted = share(x + const(SHIFT_TO_EXPONENT))
+    r = share(x - share(shifted - const(SHIFT_TO_EXPONENT)))
     value = share(r * horner(r, _EXP2_SHORT) + const(1.0))
     return value * from_bits(bits(shifted) << 23)
 
@@ -337,8 +326,8 @@ def log_natural(x: Expr) -> Expr:
     """Natural logarithm, max 0.9 ulp; -inf at 0, NaN below, denormals included."""
     x = share(x)
     k, f, t, q = _log_parts(x)
-    small = share(q + k * const(_LN2_LOW))
-    value = share(share((small + t * const(-0.5)) + f) + k * const(_LN2_HIGH))
+    small = share(q + k * const(LN2_LOW))
+    value = share(share((small + t * const(-0.5)) + f) + k * const(LN2_HIGH))
     return _log_of(x, value)
 
 
@@ -372,55 +361,6 @@ def tanh(x: Expr) -> Expr:
     return copy_sign(t / (t + const(2.0)), x)
 
 
-_LOGISTIC_END = 87.3
-"""Beyond, e^x or e^-x is no normal float32."""
-
-
-def _logistic(x: Expr) -> Expr:
-    """1 / (1 + e to the -x), for |x| ≤ 87.3.
-
-    With r = -x - k·ln 2 and R = r·coth(r/2), a polynomial of r², e^-x is 2^k·(R + r) / (R - r). The
-    division that there is anyway takes that in, so that R needs no more than three terms.
-    """
-    x = share(x)
-    shifted = share(x * const(-1 / log(2)) + const(_SHIFT_TO_EXPONENT))
-    n = share(shifted - const(_SHIFT_TO_EXPONENT))
-    r = share((n * const(-_LN2_HIGH) - x) + n * const(-_LN2_LOW))
-    value = share(horner(share(r * r), _R_COTH))
-    under = share(value - r)
-    return under / ((value + r) * from_bits(bits(shifted) << 23) + under)
-
-
-def _in_logistic_range(x: Expr) -> Expr:
-    return at_least(at_most(x, _LOGISTIC_END), -_LOGISTIC_END)
-
-
-def sigmoid(x: Expr) -> Expr:
-    """1 / (1 + e to the -x), max 2.5 ulp; 1.2e-38 below -87.3."""
-    return _logistic(_in_logistic_range(x))
-
-
-def silu(x: Expr) -> Expr:
-    """x · sigmoid(x), max 3.2 ulp down to -87.3, -1e-36 below: the limit, where PyTorch has NaN."""
-    raised = at_least(x, -_LOGISTIC_END)
-    return raised * _logistic(at_most(raised, _LOGISTIC_END))
-
-
-def softplus(x: Expr) -> Expr:
-    """log(1 + e to the x), max 2.5 ulp, without overflow."""
-    x = share(x)
-    return at_least(x, 0.0) + log1p(exp_nonpositive(const(0.0) - tirx.abs(x)))
-
-
-def mish(x: Expr) -> Expr:
-    """x · tanh(softplus(x)), max 5 ulp above -80; NaN at -inf, as PyTorch."""
-    # With w = e^x: tanh(log(1 + w)) = w(w + 2) / (w(w + 2) + 2).
-    x = share(x)
-    w = share(exp(at_most(x, 20.0)))
-    s = share(w * (w + const(2.0)))
-    return x * (s / (s + const(2.0)))
-
-
 def erf(x: Expr) -> Expr:
     """The error function, max 1.5 ulp."""
     x = share(x)
@@ -430,29 +370,6 @@ def erf(x: Expr) -> Expr:
     c = at_most(a, 3.95)
     far = const(1.0) - _exp2((c * horner(c, _ERFC)) * const(-1.0))
     return copy_sign(tirx.Select(a < const(0.58), near, far), x)
-
-
-def gelu(x: Expr) -> Expr:
-    """x · Φ(x), Φ the normal distribution function, max error 2.5e-7 · |x|; 0 below -5.5.
-
-    One quotient of two polynomials takes about half the time of an exponential.
-    """
-    raised = at_least(x, -5.5)
-    c = share(at_most(raised, 5.5))
-    t = share(c * c)
-    half_erf = (c * horner(t, _NORMAL)) / horner(t, _NORMAL_UNDER)
-    return raised * at_least(half_erf + const(0.5), 0.0)
-
-
-def gelu_tanh(x: Expr) -> Expr:
-    """The tanh form of GELU, written as x · sigmoid(2u) to keep the precision of its tail.
-
-    Max error 2e-7 · |x|.
-    """
-    scale = 2 * sqrt(2 / pi)
-    c = share(at_least(x, -20.0))
-    u = c * ((c * c) * const(0.044715 * scale) + const(scale))
-    return c * _logistic(_in_logistic_range(u))
 
 
 def rsqrt(x: Expr) -> Expr:

@@ -32,13 +32,14 @@ import torch
 from torch import Tensor
 from tvm import tirx
 
+from graphopt.ops import activation
 from graphopt.ops import math as m
 from graphopt.ops.opdef import Call, Expr, Kind, OpDef, Sample
 
 NAMES = ("lstm", "gru", "rnn")
 
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Expr], Expr]]] = {
-    "sigmoid": (torch.sigmoid, m.sigmoid),
+    "sigmoid": (torch.sigmoid, activation.sigmoid),
     "tanh": (torch.tanh, m.tanh),
     "relu": (torch.relu, m.relu),
     "hardsigmoid": (

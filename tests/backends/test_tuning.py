@@ -138,10 +138,11 @@ def test_the_key_is_all_that_decides(monkeypatch: pytest.MonkeyPatch) -> None:
         key_of(three_by_three(), get_target("x86-64-v4")),
         key_of(three_by_three(), replace(target, mcpu="znver3")),
         key_of(three_by_three(), replace(target, l2_bytes=1 << 20)),
+        key_of(three_by_three(), replace(target, cores=1)),
     ]
     monkeypatch.setattr(tuning, "GENERATOR_VERSION", 99)
     others.append(key_of(three_by_three(), target))
-    assert len({plain, *others}) == 7
+    assert len({plain, *others}) == 8
 
 
 def test_the_key_knows_layouts_and_epilogues() -> None:

@@ -73,6 +73,11 @@ class _Layer:
             return None
         return self.in_order(bias), self.in_order(bias, len(self.order))
 
+    def summed_bias(self) -> Value | None:
+        """Both biases in one, [D, G·H]; None if there are none."""
+        biases = self.biases()
+        return None if biases is None else self.ctx.op(aten.add.Tensor, *biases)
+
     def state(self, position: int) -> Value | None:
         """An initial state [D, N, H]; None if it is zero."""
         value = self.node.optional(position)
@@ -161,8 +166,7 @@ def _activations(node: OnnxNode, directions: int) -> tuple[list[str], list[str]]
 def lstm(ctx: Context, node: OnnxNode) -> tuple[Value, ...]:
     """Y, Y_h and Y_c."""
     layer = _layer(ctx, node)
-    biases = layer.biases()
-    bias = None if biases is None else ctx.op(aten.add.Tensor, *biases)
+    bias = layer.summed_bias()
     result = ctx.op(
         recurrent.lstm, layer.gates(bias), layer.in_order(node.value(2)), layer.state(5),
         layer.state(6), layer.reverse, layer.activations,
@@ -180,7 +184,7 @@ def gru(ctx: Context, node: OnnxNode) -> tuple[Value, ...]:
     """Y and Y_h."""
     layer = _layer(ctx, node)
     after = bool(node.get_int("linear_before_reset", 0))
-    bias, own = _gru_biases(layer, after)
+    bias, own = _biases_apart(layer) if after else (layer.summed_bias(), None)
     result = ctx.op(
         recurrent.gru, layer.gates(bias), layer.in_order(node.value(2)), own, layer.state(5),
         layer.reverse, after, layer.activations,
@@ -188,16 +192,14 @@ def gru(ctx: Context, node: OnnxNode) -> tuple[Value, ...]:
     return layer.outputs(result)
 
 
-def _gru_biases(layer: _Layer, after: bool) -> tuple[Value | None, Value | None]:
-    """The gates' biases, and that of the state's part of the new gate where the reset gate is
-    multiplied with it."""
+def _biases_apart(layer: _Layer) -> tuple[Value | None, Value | None]:
+    """The gates' biases, and that of the state's part of the new gate, which the reset gate is
+    multiplied with."""
     biases = layer.biases()
     if biases is None:
         return None, None
     ctx, hidden = layer.ctx, layer.hidden
     of_inputs, of_state = biases
-    if not after:
-        return ctx.op(aten.add.Tensor, of_inputs, of_state), None
     own = ctx.op(aten.slice.Tensor, of_state, 1, 2 * hidden, 3 * hidden)
     rest = ctx.op(aten.slice.Tensor, of_state, 1, 0, 2 * hidden)
     rest = ctx.op(aten.constant_pad_nd.default, rest, [0, hidden], 0.0)
@@ -207,8 +209,7 @@ def _gru_biases(layer: _Layer, after: bool) -> tuple[Value | None, Value | None]
 def rnn(ctx: Context, node: OnnxNode) -> tuple[Value, ...]:
     """Y and Y_h."""
     layer = _layer(ctx, node)
-    biases = layer.biases()
-    bias = None if biases is None else ctx.op(aten.add.Tensor, *biases)
+    bias = layer.summed_bias()
     result = ctx.op(
         recurrent.rnn, layer.gates(bias), layer.in_order(node.value(2)), layer.state(5),
         layer.reverse, layer.activations,
