@@ -135,6 +135,10 @@ CASES = {
         "for every 3 multiply-adds, and weights besides; 10 pixels, all the registers, make 69 %",
     ),
     "winograd product": Case(conv(64, 3, padding=1), (1, 64, 56, 56), winograd=True),
+    "winograd stride 2": Case(conv(128, 3, padding=1, stride=2), (1, 64, 56, 56), winograd=True),
+    "winograd 7×7 image": Case(
+        conv(64, 7, padding=3, stride=2), (1, 3, 224, 224), PLAIN_IN, winograd=True
+    ),
     "winograd input": Case(conv(64, 3), (1, 64, 58, 58), winograd=True, loop="transform 0"),
     "winograd output": Case(conv(64, 3), (1, 64, 58, 58), winograd=True, loop="transform 1"),
     "linear M=128": Case(linear(384), (128, 384), blocked=PLAIN),

@@ -49,6 +49,7 @@ from graphopt.backends.kernels.tiling import LINE, TOGETHER, split
 from graphopt.backends.kernels.winograd_plan import PlaceClass, WinogradPlan
 from graphopt.backends.kernels.winograd_tiles import Tile, each_tile
 from graphopt.backends.kernels.winograd_transforms import transforms, two_sided
+from graphopt.ops.math import share
 from graphopt.ops.opdef import Expr
 
 _PANELS_AHEAD = 3
@@ -109,7 +110,7 @@ def emit(conv: WinogradPlan, task: Expr, weights: Any, scratch: Any, access: Acc
             parts = conv.depth_parts(each)
             panel = len(each.residues) * conv.spec.icg // parts * conv.width
             with loop(len(each.places)) as i, loop(parts) as depth, loop(conv.at_once) as j:
-                origin = behind + ((i * parts + depth) * conv.at_once + j) * panel
+                origin = share(behind + ((i * parts + depth) * conv.at_once + j) * panel)
                 _multiply(conv, each, inputs, products, weights, origin, j, before + i, depth)
             before += len(each.places)
             behind += len(each.places) * parts * conv.at_once * panel
@@ -277,8 +278,11 @@ def _product(
                 for line in range(0, 4 * width // LINE, pieces):
                     prefetch(weights[origin + ahead * width + (line + piece) * LINE])
             four(number, outer * 4)
-    for ci in range(rest):
-        step(tirx.const(full, "int32"), tirx.const(ci, "int32"))
+    last = tirx.const(full, "int32")
+    for ci in range(0, rest - 3, 4):
+        four(last, tirx.const(ci, "int32"))
+    for ci in range(rest - rest % 4, rest):
+        step(last, tirx.const(ci, "int32"))
     each_slot(lambda slot, place_: T.buffer_store(products, acc[slot], place_))
 
 
