@@ -22,7 +22,7 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.isa.base import Isa
-from graphopt.backends.kernels.builder import f32, loop, prefetch
+from graphopt.backends.kernels.builder import f32, loop, prefetch, scratch_parts
 from graphopt.backends.kernels.product import (
     Panels,
     Right,
@@ -143,11 +143,7 @@ class _Task:
     def __init__(self, chosen: AttentionPlan, part: Expr, operands: Operands, scratch: Any) -> None:
         self.plan, self.operands = chosen, operands
         self.first_tile, self.tiles = span(chosen.parts, part)
-        ends = list(chosen.places.values())[1:]
-        self.buffers = {
-            name: T.decl_buffer((end - start,), "float32", data=scratch, elem_offset=start)
-            for (name, start), end in zip(chosen.places.items(), ends, strict=False)
-        }
+        self.buffers = scratch_parts(chosen.places, scratch)
 
     def emit(self) -> None:
         size = self.plan.band

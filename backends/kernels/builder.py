@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -107,6 +108,15 @@ def build_kernel(
             # Tasks are never negative; said so that their divisions stay plain ones.
             body(tirx.max(task, 0), views, *extra)
     return builder.get()
+
+
+def scratch_parts(places: dict[str, int], scratch: Any) -> dict[str, Any]:
+    """A buffer of each part of scratch that is not empty; see `tiling.places_of`."""
+    return {
+        name: T.decl_buffer((end - start,), "float32", data=scratch, elem_offset=start)
+        for (name, start), (_, end) in pairwise(places.items())
+        if end > start
+    }
 
 
 def unflatten(flat: Expr, extents: Sequence[int]) -> list[Expr]:

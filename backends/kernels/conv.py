@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -25,7 +25,7 @@ from graphopt.backends.kernels.base import (
     walked_axis,
 )
 from graphopt.backends.kernels.builder import View, f32
-from graphopt.backends.kernels.conv_frames import Frames, frames_of
+from graphopt.backends.kernels.conv_frames import Frames, Place, frames_of
 from graphopt.backends.kernels.conv_product import (
     Product,
     deep_products,
@@ -79,10 +79,6 @@ def _swapped(spec: ConvSpec) -> ConvSpec:
         for name in ("in_size", "out_size", "kernel", "stride", "padding", "dilation")
     }
     return replace(spec, **flip)
-
-
-Place = Callable[[Expr, Expr, Expr, Expr], Index]
-"""The tensor's index of (n, channel, row, column) of the spec."""
 
 
 def place_of(rank: int, swapped: bool = False) -> Place:
@@ -250,26 +246,23 @@ def lower_products(request: Request) -> Alternatives | None:
     target = request.target
     whole = view.is_whole(call.shape_of("input")[1], target.isa.block)
     plan_all = products if whole else direct_products
-    candidates = [
-        Candidate(each.origin, each.cycles, partial(_product, request, view, each, weight))
-        for each in plan_all(view.spec, target, plain=layouts[0] == PLAIN)
-    ]
+
+    def ways(found: Iterable[Product], view: _View, weight: npt.NDArray[Any]) -> list[Candidate]:
+        return [
+            Candidate(each.origin, each.cycles, partial(_product, request, view, each, weight))
+            for each in found
+        ]
+
+    candidates = ways(plan_all(view.spec, target, plain=layouts[0] == PLAIN), view, weight)
     patches = _patches(spec) if layouts[0] == PLAIN and frames is None else None
     if patches is not None:
         flat = weight.reshape(len(weight), -1, 1, 1)
-        candidates = [
-            Candidate(each.origin, each.cycles, partial(_product, request, patches, each, flat))
-            for each in deep_products(patches.spec, target)
-        ] + candidates
+        candidates = ways(deep_products(patches.spec, target), patches, flat) + candidates
     if whole and request.winograd and layouts[1] != PLAIN:
         plain = layouts[0] == PLAIN
-        if plain:
-            view, weight = _phases(view, weight)
-        ways, pays = winograd_products(view.spec, target, [spec], plain=plain)
-        fewer = [
-            Candidate(each.origin, each.cycles, partial(_product, request, view, each, weight))
-            for each in ways
-        ]
+        phases, taps = _phases(view, weight) if plain else (view, weight)
+        found, pays = winograd_products(phases.spec, target, [view.spec], plain=plain)
+        fewer = ways(found, phases, taps)
         candidates = [*fewer, *candidates] if pays else [*candidates, *fewer]
     key = key_of("convolution", view.spec, request, *layouts)
     return Alternatives(key, tuple(candidates))

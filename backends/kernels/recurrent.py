@@ -16,7 +16,7 @@ from torch import fx
 from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.kernels.base import KernelSource, Request
-from graphopt.backends.kernels.builder import View, f32, fence, loop, unflatten
+from graphopt.backends.kernels.builder import View, f32, fence, loop, scratch_parts, unflatten
 from graphopt.backends.kernels.fusion import Group
 from graphopt.backends.kernels.product import emit_product, span, tile_row
 from graphopt.backends.kernels.recurrent_plan import RecurrentPlan, packed, padded, plan
@@ -89,12 +89,7 @@ class _Task:
         self.odd: Expr = 0
         self.functions = [ACTIVATIONS[name][1] for name in self.call["activations"]]
         self.first_tile, self.tiles = span(chosen.bands, band)
-        ends = list(chosen.places.values())[1:]
-        self.buffers = {
-            name: T.decl_buffer((end - start,), "float32", data=scratch, elem_offset=start)
-            for (name, start), end in zip(chosen.places.items(), ends, strict=False)
-            if end > start
-        }
+        self.buffers = scratch_parts(chosen.places, scratch)
 
     def emit(self, starts: dict[str, fx.Node], make: Callable[[_Task, Expr], None]) -> None:
         """All steps."""
