@@ -27,12 +27,15 @@ def _overwritten(ed: Editor, x: fx.Node, dim: int, start: int, end: int, new: fx
 
 
 def _slice_scatter(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
-    """slice_scatter → cat of what stays and what is new."""
-    x, dim, step = a["self"], wrap(a["dim"], rank(node)), a["step"]
-    start, end, step = slice(a["start"], a["end"], step).indices(shape(x)[dim])
-    if step != 1:
-        return Refusal(f"a step of {step}")
-    return _overwritten(ed, x, dim, start, end, a["src"])
+    """slice_scatter → cat of what stays and what is new; index_copy where there are steps."""
+    x, dim = a["self"], wrap(a["dim"], rank(node))
+    places = range(shape(x)[dim])[a["start"] : a["end"] : a["step"]]
+    if not places:
+        return x  # type: ignore[no-any-return]
+    if places.step == 1:
+        return _overwritten(ed, x, dim, places.start, places.stop, a["src"])
+    where = ed.constant(f"{node.name}_places", torch.tensor(places))
+    return ed.call(aten.index_copy.default, x, dim, where, a["src"])
 
 
 def _index_copy(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:

@@ -50,7 +50,9 @@ def _stable_argsort(x: Tensor, *, stable: bool, dim: int = -1, descending: bool 
 
 
 def _place(x: Tensor, dim: int | None, keepdim: bool, largest: bool) -> Tensor:
-    """That of the first of the largest or smallest elements."""
+    """That of the first of the largest or smallest elements, or of the first NaN."""
+    if not largest and x.dtype.is_floating_point:
+        x, largest = -x, True  # NaN comes first among the largest only.
     if dim is None:
         place = first_places(x.reshape(-1), 1, 0, largest)
         return place.reshape([1] * x.dim() if keepdim else [])

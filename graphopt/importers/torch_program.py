@@ -30,6 +30,7 @@ SAME_VALUE = (
     aten.detach.default,
     aten.lift_fresh.default,
     aten.lift_fresh_copy.default,
+    torch.ops.prims.copy_strided.default,
 )
 
 
@@ -133,7 +134,9 @@ class _Copier:
 
     def fill_meta(self, new: fx.Node, old: fx.Node) -> None:
         new.meta["val"] = pytree.tree_map_only(torch.Tensor, _on_meta, old.meta["val"])
-        new.meta["origin"] = node_origin(old)
+        # Views that functionalization writes again for an output have no origin of their own.
+        operands = [place for operand in new.all_input_nodes for place in G.origin(operand)]
+        new.meta["origin"] = node_origin(old) or tuple(dict.fromkeys(operands))
 
     def outputs(self) -> None:
         node = G.output_node(self.program.graph_module)

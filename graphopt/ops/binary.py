@@ -10,7 +10,17 @@ import torch
 from tvm import tirx
 from tvm_ffi import structural_equal
 
-from graphopt.ops.math import dtype_of, equal, hidden, is_nan, not_equal, share
+from graphopt.ops.math import (
+    dtype_of,
+    equal,
+    factor,
+    hidden,
+    is_nan,
+    not_equal,
+    number,
+    ordered,
+    share,
+)
 from graphopt.ops.opdef import Call, Expr, Kind, OpDef, Sample
 from graphopt.ops.power import pow as power
 from graphopt.ops.power import pow_constant
@@ -32,13 +42,8 @@ def _numbers(call: Call, a: Expr, b: Expr) -> tuple[Expr, Expr]:
     return wide(a), wide(b)
 
 
-def _factor(x: Expr) -> Expr:
-    """A value to multiply or divide: TVM takes 0 times anything for 0, but times inf it is NaN."""
-    return hidden(x) if isinstance(x, tirx.FloatImm) and x.value == 0 else x
-
-
 def _scaled(value: Expr, alpha: Any) -> Expr:
-    return value if alpha == 1 else value * tirx.const(alpha, dtype_of(value))
+    return value if alpha == 1 else value * factor(number(alpha, dtype_of(value)))
 
 
 def _add(call: Call, a: Expr, b: Expr) -> Expr:
@@ -59,12 +64,12 @@ def _rsub(call: Call, a: Expr, b: Expr) -> Expr:
 
 def _mul(call: Call, a: Expr, b: Expr) -> Expr:
     a, b = _numbers(call, a, b)
-    return _factor(a) * _factor(b)
+    return factor(a) * factor(b)
 
 
 def _quotient(a: Expr, b: Expr) -> Expr:
     """a / b for floats."""
-    a = _factor(a)
+    a = factor(a)
     if isinstance(b, tirx.FloatImm) and b.value == 0:
         # TVM refuses to divide by 0; this gives the same infinities and NaN.
         return a * tirx.const(copysign(inf, b.value), dtype_of(b))
@@ -97,7 +102,8 @@ def _divisible(a: Expr, b: Expr) -> tuple[Expr, Expr]:
     And at the smallest a / -1, which wraps here as in PyTorch.
     """
     if isinstance(b, tirx.IntImm) and b.value not in (0, -1):
-        return a, b
+        # Shared: TVM cannot lower a rounded quotient whose numerator it knows to be 0 or 1.
+        return share(a), b
     dtype = dtype_of(a)
     one = tirx.const(1, dtype)
     if dtype.startswith("uint"):
@@ -120,7 +126,7 @@ def _float_fmod(a: Expr, b: Expr) -> Expr:
     """What is left of a / b rounded to zero; exact for quotients below 2²⁸."""
     a, b = share(a), share(b)
     x, y = share(_float64(a)), share(_float64(b))
-    left = share(tirx.trunc(_quotient(x, y))) * _factor(y)
+    left = share(tirx.trunc(_quotient(x, y))) * factor(y)
     rest = share(tirx.Cast("float32", x - left))
     inf = tirx.const(float("inf"), "float32")
     infinite = tirx.Select(tirx.abs(a) < inf, a, tirx.const(float("nan"), "float32"))
@@ -178,14 +184,14 @@ def larger(a: Expr, b: Expr) -> Expr:
     """The larger of two values of one dtype, NaN where either is."""
     a, b = share(a), share(b)
     # A false comparison gives b, which is then the NaN, or a is.
-    value = tirx.Select(a > b, a, b)
+    value = tirx.Select(ordered(a) > ordered(b), a, b)
     return tirx.Select(is_nan(a), a, value) if is_float(a) else value
 
 
 def smaller(a: Expr, b: Expr) -> Expr:
     """The smaller of two values of one dtype, NaN where either is."""
     a, b = share(a), share(b)
-    value = tirx.Select(a < b, a, b)
+    value = tirx.Select(ordered(a) < ordered(b), a, b)
     return tirx.Select(is_nan(a), a, value) if is_float(a) else value
 
 
@@ -208,7 +214,7 @@ def _comparison(compare: Callable[[Expr, Expr], Expr], nan: bool | None) -> Call
         if nan is not None and is_float(a) and structural_equal(a, b):
             missing = is_nan(a)
             return missing if nan else equal(tirx.Cast("int8", missing), tirx.const(0, "int8"))
-        return compare(a, b)
+        return compare(ordered(a), ordered(b))
 
     return compute
 
@@ -239,7 +245,7 @@ def _where(call: Call, condition: Expr, a: Expr, b: Expr) -> Expr:
 
 
 def _prelu(call: Call, x: Expr, weight: Expr) -> Expr:
-    x, weight = share(wide(x)), wide(weight)
+    x, weight = share(wide(x)), factor(wide(weight))
     return tirx.Select(x > tirx.const(0, dtype_of(x)), x, x * weight)
 
 
@@ -305,7 +311,7 @@ _BITS = (Sample(_bools), Sample(_bytes))
 
 BINARY: tuple[OpDef, ...] = (
     _binary("add", _overloads("add"), _add, samples=_pairs(kwargs={"alpha": 2})),
-    _binary("sub", _overloads("sub"), _sub, samples=_pairs()),
+    _binary("sub", _overloads("sub"), _sub, samples=(*_pairs(), *_pairs(kwargs={"alpha": 0}))),
     _binary("rsub", _overloads("rsub"), _rsub, samples=_pairs()),
     _binary("mul", _overloads("mul"), _mul),
     _binary(

@@ -11,7 +11,18 @@ from tvm import tirx
 from graphopt.ops import activation, trigonometry
 from graphopt.ops import math as m
 from graphopt.ops.binary import BINARY, larger, smaller
-from graphopt.ops.math import at_least, at_most, const, dtype_of, equal, is_nan, share
+from graphopt.ops.math import (
+    at_least,
+    at_most,
+    const,
+    dtype_of,
+    equal,
+    factor,
+    is_nan,
+    number,
+    ordered,
+    share,
+)
 from graphopt.ops.opdef import Call, Expr, Kind, OpDef, Sample
 from graphopt.ops.scalar import (
     is_float,
@@ -41,7 +52,7 @@ def _relu(call: Call, x: Expr) -> Expr:
 
 def _abs(call: Call, x: Expr) -> Expr:
     x = share(wide(x))
-    return tirx.abs(x) if is_float(x) else tirx.Select(x < _zero(x), _zero(x) - x, x)
+    return tirx.abs(x) if is_float(x) else tirx.Select(ordered(x) < 0, _zero(x) - x, x)
 
 
 def _neg(call: Call, x: Expr) -> Expr:
@@ -97,12 +108,12 @@ def _hardswish(x: Expr) -> Expr:
 
 def _leaky_relu(call: Call, x: Expr) -> Expr:
     x = share(wide(x))
-    return tirx.Select(x > _zero(x), x, x * tirx.const(call["negative_slope"], dtype_of(x)))
+    return tirx.Select(x > _zero(x), x, x * factor(number(call["negative_slope"], dtype_of(x))))
 
 
 def _elu(x: Expr, alpha: float, scale: float, input_scale: float) -> Expr:
     x = share(x)
-    below = m.expm1(x * const(input_scale)) * const(alpha * scale)
+    below = m.expm1(x * const(input_scale)) * factor(const(alpha * scale))
     return tirx.Select(x > const(0.0), x * const(scale), below)
 
 
@@ -228,10 +239,10 @@ UNARY: tuple[OpDef, ...] = (
     )),
     _unary("clamp_min", _clamp_op("min", None), samples=unary_samples(-1)),
     _unary("clamp_max", _clamp_op(None, "max"), samples=unary_samples(1)),
-    _unary("leaky_relu", _leaky_relu, samples=unary_samples(0.2)),
+    _unary("leaky_relu", _leaky_relu, samples=(*unary_samples(0.2), *unary_samples(0.0))),
     _unary("elu", lambda call, x: _elu(
         wide(x), call["alpha"], call["scale"], call["input_scale"]
-    ), check=refuse_double, samples=unary_samples(1.5, 1.0, 0.5)),
+    ), check=refuse_double, samples=(*unary_samples(1.5, 1.0, 0.5), *unary_samples(0.0))),
     _unary("celu", lambda call, x: _elu(
         wide(x), call["alpha"], 1.0, 1 / call["alpha"]
     ), check=refuse_double, samples=unary_samples(1.5)),

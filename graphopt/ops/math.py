@@ -118,10 +118,28 @@ def const(value: float) -> Expr:
     return tirx.const(value, "float32")
 
 
+def number(value: bool | int | float, dtype: str) -> Expr:
+    """A constant of any dtype; a whole number that is none of its numbers wraps, as in PyTorch."""
+    signed = dtype.startswith("int")
+    if signed or dtype.startswith("uint"):
+        bits = int(dtype.removeprefix("u").removeprefix("int"))
+        lowest = -(1 << bits - 1) if signed else 0
+        value = (int(value) - lowest) % (1 << bits) + lowest
+    return tirx.const(value, dtype)
+
+
 def dtype_of(x: Expr) -> str:
     """The dtype of an expression, by TVM's name."""
     # `==` and `!=` give a deferred object, for Python's sake.
     return str((x if hasattr(x, "ty") else x.asobject()).ty.dtype)
+
+
+def ordered(x: Expr) -> Expr:
+    """The same number in a dtype to compare in: a signed one.
+
+    TVM makes `x <= -1` of `x < 0`, and ends the program where `x` can have no negative values.
+    """
+    return tirx.Cast("int32", x) if dtype_of(x) == "uint8" else x
 
 
 def equal(a: Expr, b: Expr) -> Expr:
@@ -147,6 +165,11 @@ def share(value: Expr) -> Expr:
 def hidden(value: Expr) -> Expr:
     """The value, a constant too, opaque to TVM's simplifier."""
     return T.bind(tirx.call_intrin(dtype_of(value), _OPAQUE, value))
+
+
+def factor(x: Expr) -> Expr:
+    """A value to multiply or divide: TVM takes 0 times anything for 0, but times inf it is NaN."""
+    return hidden(x) if isinstance(x, tirx.FloatImm) and x.value == 0 else x
 
 
 def bits(x: Expr) -> Expr:
@@ -184,10 +207,11 @@ def relu(x: Expr) -> Expr:
 
 def _bounded(operation: Any, x: Expr, bound: float) -> Expr:
     dtype = dtype_of(x)
-    limit = tirx.const(bound, dtype)
+    limit = number(bound, dtype)
     if dtype.startswith("float"):
         return tirx.call_intrin(dtype, operation, x, limit)
-    return tirx.Select(limit < x if operation is _AT_MOST else limit > x, limit, x)
+    have, end = ordered(x), ordered(limit)
+    return tirx.Select(end < have if operation is _AT_MOST else end > have, limit, x)
 
 
 def copy_sign(magnitude: Expr, sign: Expr) -> Expr:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tvm import tirx
 
-from graphopt.ops.math import dtype_of, not_equal
+from graphopt.ops.math import dtype_of, not_equal, number
 from graphopt.ops.opdef import Call, Expr, Sample
 
 TIR_NAMES = {
@@ -34,7 +34,7 @@ def to_dtype(x: Expr, dtype: torch.dtype) -> Expr:
     """The value (or Python number) as another dtype, converted as PyTorch does."""
     name = TIR_NAMES[dtype]
     if isinstance(x, (bool, int, float)):
-        return tirx.const(x, name)
+        return number(x, name)
     have = dtype_of(x)
     if have == name:
         return x

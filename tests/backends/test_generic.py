@@ -290,3 +290,32 @@ def test_integer_division_never_ends_the_program(dtype: torch.dtype) -> None:
     for quotient in quotients:
         assert quotient.tolist() == [3, 100, smallest, smallest, 3]
     assert modulo.tolist() == rest.tolist() == [1, 0, 0, 0, 0]
+
+
+def test_numbers_that_bytes_do_not_have() -> None:
+    """A byte is never below 0, and -1 is 255 there; TVM ends the program if asked naively."""
+    b = Builder(0)
+    x = b.input(torch.tensor([250, 3, 255, 0, *range(60, 93)], dtype=torch.uint8))
+    below = [b.op(op, x, 0) for op in (aten.lt.Scalar, aten.ge.Scalar)]
+    b.returns(
+        *below, *(b.op(aten.where.self, test, x, b.op(aten.neg.default, x)) for test in below)
+    )
+    for op in (aten.gt, aten.le, aten.eq, aten.mul, aten.remainder, aten.fmod, aten.bitwise_and):
+        b.returns(b.op(op.Scalar, x, -7))
+    for op in (aten.relu, aten.abs, aten.sign):
+        b.returns(b.op(op.default, x))
+    b.returns(
+        b.op(aten.clamp.default, x, 0, 200), b.op(aten.clamp.default, x, -1, None),
+        b.op(aten.add.Tensor, x, x, alpha=-2), b.op(aten.sub.Scalar, x, 300),
+        b.op(aten.maximum.default, x, b.constant(torch.tensor(0, dtype=torch.uint8))),
+        b.op(aten.amax.default, x, [0]), b.op(aten.amin.default, x, [0]),
+    )  # fmt: skip
+    check(b)
+
+
+def test_rounded_quotients_of_truth_values() -> None:
+    b = Builder(0)
+    x = b.input(torch.arange(37) % 3 == 0)
+    b.returns(*(b.op(aten.remainder.Scalar, x, by) for by in (-7, 5)))
+    b.returns(*(b.op(aten.div.Scalar_mode, x, by, rounding_mode="floor") for by in (-4, 2)))
+    check(b)

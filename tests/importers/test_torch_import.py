@@ -160,6 +160,15 @@ def test_origins_name_module_and_line():
     assert origin.startswith("table (Embedding), test_torch_import.py:")
 
 
+def test_origins_of_views_that_are_outputs():
+    class Padded(nn.Module):
+        def forward(self, x):
+            return functional.pad(x, (1, 0), mode="circular").expand(2, 2, 2, 2)
+
+    gm = import_model(Padded().eval(), torch.randn(2, 2, 1))
+    assert all(node.meta["origin"] for node in gm.graph.nodes if node.op == "call_function")
+
+
 def test_the_model_is_left_as_it_is():
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Dropout(0.5)).eval()
     model[0].register_forward_hook(lambda *_: None)

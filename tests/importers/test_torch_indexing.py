@@ -38,15 +38,24 @@ class Writes(nn.Module):
     """To a copy; y stays as it is."""
 
     def forward(self, x: torch.Tensor, i: torch.Tensor, n: torch.Tensor) -> list[torch.Tensor]:
-        results = [x.clone() for _ in range(6)]
+        results = [x.clone() for _ in range(8)]
         results[0][:, 1] = 0
         results[1][:, :, 1:3] = x[:, :, :2] * 2
         results[2][i] = x[:3] * 2
         results[3][:, n - 5] = 7
         results[4][..., -1:] = x[..., :1].double().float()
         results[5].index_copy_(2, i, x[:, :, :3] * 3)
+        results[6][:, 1::2] = x[:, :2] * 4
+        results[7][:, 5:] = 1
         mask = torch.zeros(3, 4).scatter(1, i[:, None], 1.0) + x[0, 0, 0]
-        return [*results, mask, x.scatter(0, i[:, None, None].expand(3, 2, 2), x[1:, :2, :2])]
+        # Kept in a layout of its own, which says nothing here.
+        filled = torch.cat([x, x], 1)[:, ::3].index_fill(0, torch.tensor([1]), 0.5)
+        return [
+            *results,
+            mask,
+            filled,
+            x.scatter(0, i[:, None, None].expand(3, 2, 2), x[1:, :2, :2]),
+        ]
 
 
 @pytest.mark.parametrize("module", [Reads(), Writes()], ids=["reads", "writes"])

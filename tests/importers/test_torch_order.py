@@ -61,6 +61,19 @@ def test_ties_keep_their_order() -> None:
     assert results[4].tolist() == [[0, 3, 1, 2], [0, 1, 2, 3]]
 
 
+def test_the_first_nan_is_the_largest_and_the_smallest() -> None:
+    class Places(nn.Module):
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            return [x.argmin(1), x.argmax(1), *x.min(0), *x.max(0), x.argmin(), x.sort()[1]]
+
+    nan = float("nan")
+    x = torch.tensor([[1.0, nan, nan, 0.0], [0.0, -0.0, 3.0, 0.0], [2.0, 1.0, nan, -float("inf")]])
+    for result, want in zip(
+        graphopt.compile(Places().eval(), (x,))(x.numpy()), Places()(x), strict=True
+    ):
+        np.testing.assert_array_equal(result, want.numpy())
+
+
 def test_values_alone_need_no_places() -> None:
     class Largest(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
