@@ -137,6 +137,23 @@ def test_logic(op):
     assert_same(one_node(op, {"x": x, "y": y}), {"x": x, "y": y}, 0)
 
 
+@pytest.mark.parametrize("op", ["BitwiseAnd", "BitwiseOr", "BitwiseXor"])
+@pytest.mark.parametrize("kind", [np.int32, np.uint8])
+def test_bits(op, kind):
+    x, y = np.array([[5], [255]], kind), np.array([3, 0, 12], kind)
+    assert_same(one_node(op, {"x": x, "y": y}), {"x": x, "y": y}, 0)
+    assert_same(one_node("BitwiseNot", {"x": x}), {"x": x}, 0)
+
+
+@pytest.mark.parametrize("direction", ["LEFT", "RIGHT"])
+def test_bit_shift(direction):
+    x, y = np.array([[0], [1], [200], [255]], np.uint8), np.arange(8, dtype=np.uint8)
+    assert_same(one_node("BitShift", {"x": x, "y": y}, direction=direction), {"x": x, "y": y}, 0)
+    wide = {"x": x.astype(np.uint32), "y": y.astype(np.uint32)}
+    with pytest.raises(UnsupportedError, match="only 8 bits"):
+        import_model(one_node("BitShift", wide, direction=direction))
+
+
 def test_not_and_where():
     c, x, y = np.array([True, False, True]), floats(3), floats(3, seed=1)
     assert_same(one_node("Not", {"c": c}), {"c": c}, 0)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from graphopt.ops import error_function, power, trigonometry
 from graphopt.ops import math as m
-from graphopt.ops import power, trigonometry
 from tests.ops.evaluate import ARM64, X86, X86_NO_FMA, Function, Library, function_bodies, lower
 
 Reference = Callable[[torch.Tensor], torch.Tensor]
@@ -49,6 +49,7 @@ EXACT: dict[str, tuple[Reference, tuple[float, float], float]] = {
     "softplus": (_softplus, (-87.3, np.inf), 2.5),
     "mish": (lambda x: x * torch.tanh(_softplus(x)), (-80.0, np.inf), 5.0),
     "erf": (torch.erf, (-np.inf, np.inf), 1.5),
+    "erfc": (torch.erfc, (-np.inf, np.inf), 2.0),
     "rsqrt": (torch.rsqrt, (-np.inf, np.inf), 1.5),
 }
 # function, exact value, error per |x| (a share of the input, as both are x times a probability).
@@ -59,7 +60,13 @@ RELATIVE: dict[str, tuple[Reference, float]] = {
 ANGLES: dict[str, Reference] = {"sin": torch.sin, "cos": torch.cos}
 NAMES = (*EXACT, *RELATIVE, *ANGLES, "tan")
 FUNCTIONS = {
-    name: Function(getattr(m if hasattr(m, name) else trigonometry, name), ("float32",), "float32")
+    name: Function(
+        next(
+            getattr(file, name) for file in (m, trigonometry, error_function) if hasattr(file, name)
+        ),
+        ("float32",),
+        "float32",
+    )
     for name in NAMES
 }
 EDGES = np.array(
@@ -106,7 +113,19 @@ def test_error_in_ulp(library: Library, name: str) -> None:
     normal = np.abs(rounded[finite]) >= 2.0**-126
     assert error[normal].max() <= bound
     # Below, results keep their place to 1 (denormal) ulp, where the function says so.
-    if name in ("exp", "exp2", "expm1", "log1p", "tanh", "erf", "atan", "asin", "sinh", "asinh"):
+    if name in (
+        "exp",
+        "exp2",
+        "expm1",
+        "log1p",
+        "tanh",
+        "erf",
+        "erfc",
+        "atan",
+        "asin",
+        "sinh",
+        "asinh",
+    ):
         assert error[~normal].max() <= 1.0
 
 
