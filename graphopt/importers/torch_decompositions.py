@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch._decomp import get_decompositions
 
-from graphopt.importers import torch_order, torch_recurrent
+from graphopt.importers import torch_order, torch_recurrent, torch_windows
 
 aten = torch.ops.aten
 
@@ -106,6 +106,7 @@ EXTRA: dict[Any, Callable[..., Any]] = {
     aten.any.dims: _any,
     **torch_order.RULES,
     **torch_recurrent.RULES,
+    **torch_windows.RULES,
     **get_decompositions([aten.native_group_norm.default, aten._log_softmax.default]),
 }
 

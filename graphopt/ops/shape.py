@@ -121,6 +121,26 @@ def _flip(call: Call, x: Reader, index: Index) -> Expr:
     return x(tuple(size[i] - 1 - at if i in axes else at for i, at in enumerate(index)))
 
 
+def _unfold(call: Call, x: Reader, index: Index) -> Expr:
+    """Windows along an axis, whose elements lie along a new one, the last."""
+    rank = len(call.shape_of("self"))
+    if rank == 0:
+        return x(())
+    dim = call["dimension"] % rank
+    return x((*index[:dim], index[dim] * call["step"] + index[-1], *index[dim + 1 : -1]))
+
+
+def _diagonal(call: Call, x: Reader, index: Index) -> Expr:
+    """Elements with two equal indices, but for an offset; those make one axis, the last."""
+    rank, offset = len(call.shape_of("self")), call["offset"]
+    at = {
+        call["dim1"] % rank: index[-1] + max(-offset, 0),
+        call["dim2"] % rank: index[-1] + max(offset, 0),
+    }
+    rest = iter(index)
+    return x(tuple(at[axis] if axis in at else next(rest) for axis in range(rank)))
+
+
 def _gather(call: Call, x: Reader, indices: Reader, index: Index) -> Expr:
     dim, size = call["dim"] % len(index), call.shape_of("self")
     return x((*index[:dim], wrapped(indices(index), size[dim]), *index[dim + 1 :]))
@@ -254,6 +274,16 @@ SHAPE: tuple[OpDef, ...] = (
     OpDef("flip", (aten.flip.default,), Kind.INJECTIVE, _flip, samples=(
         _image([1]), _image([-1, 0]), _image([]), _small([0, 2]),
     )),
+    OpDef("unfold", (aten.unfold.default, aten.unfold_copy.default), Kind.INJECTIVE, _unfold,
+          samples=(
+              _image(2, 3, 1), _image(-1, 2, 3), _image(1, 10, 1), _image(0, 1, 1, shape=()),
+              _image(0, 4, 2, shape=(9,)), _small(1, 2, 2),
+          )),
+    OpDef("diagonal", (aten.diagonal.default, aten.diagonal_copy.default), Kind.INJECTIVE,
+          _diagonal, samples=(
+              _image(), _image(0, 2, 3), _image(-2, -1, 1), _image(1, 3, 0), _small(0, 1, 2),
+              _image(shape=(4, 4)),
+          )),
     OpDef("gather", (aten.gather.default,), Kind.INJECTIVE, _gather, operands=("self", "index"),
           samples=(
               Sample(_gathered, ulp=0), _image(1, torch.tensor([[[[3, 9]]]])),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import graphopt
 
@@ -55,11 +57,48 @@ def elementwise(x: Tensor, y: Tensor, n: Tensor, m: Tensor) -> Results:
     ]  # fmt: skip
 
 
+def adaptive_pools(x: Tensor, line: Tensor, frames: Tensor) -> Results:
+    return [
+        *(F.adaptive_max_pool2d(x, size) for size in ((3, 4), (1, 1), (7, 5), (4, 3), (9, 2))),
+        F.adaptive_max_pool2d(x[0], 2), F.adaptive_max_pool1d(line, 4),
+        F.adaptive_max_pool1d(line, 1), F.adaptive_max_pool3d(frames, (2, 4, 3)),
+        *F.adaptive_max_pool2d(x, (3, 4), return_indices=True),
+        F.adaptive_max_pool1d(line, 4, return_indices=True)[1],
+        F.adaptive_max_pool3d(frames, (2, 4, 3), return_indices=True)[1],
+        F.adaptive_avg_pool2d(x, (3, 2)), F.adaptive_avg_pool2d(x, (4, 3)),
+        F.adaptive_avg_pool3d(frames, (2, 4, 3)), F.adaptive_avg_pool3d(frames, (5, 3, 1)),
+    ]  # fmt: skip
+
+
+def pools_with_places(x: Tensor, line: Tensor) -> Results:
+    pool = partial(F.max_pool2d, return_indices=True)
+    values, places = pool(x, 2)
+    return [
+        F.max_unpool2d(values, places, 2, output_size=x.shape), *pool(x, 2, ceil_mode=True),
+        pool(x, 3, 2, 1)[1], pool(x, 3, 1, 1, 2)[1], pool(x, (3, 2), (1, 2), (1, 0), (2, 1))[1],
+        F.max_pool1d(line, 3, 2, 1, return_indices=True)[1], pool(x[0], 3, 2, 1, 1, True)[1],
+    ]  # fmt: skip
+
+
+def windows_and_diagonals(x: Tensor, line: Tensor) -> Results:
+    return [
+        x.unfold(2, 3, 2), x.unfold(2, 3, 1).unfold(3, 2, 2).sum(-1), line.unfold(-1, 11, 1),
+        x.diagonal(0, 2, 3), x.diagonal(-1, 1, -1), line[0].trace(),
+    ]  # fmt: skip
+
+
 CASES: dict[str, tuple[Callable[..., Results], tuple[Tensor, ...]]] = {
     "elementwise": (
         elementwise,
         (normal(3, 5), normal(3, 5, seed=1), whole(90, 3, 5) - 45, whole(70, 5)),
     ),
+    "adaptive pools": (adaptive_pools, (normal(2, 3, 7, 5), normal(2, 3, 11), normal(2, 5, 6, 7))),
+    # With equal elements, of which the first one counts.
+    "pools with places": (
+        pools_with_places,
+        (whole(4, 2, 3, 7, 5).float(), whole(4, 2, 3, 11).float()),
+    ),
+    "windows, diagonals": (windows_and_diagonals, (normal(2, 3, 7, 5), normal(2, 3, 11))),
 }
 
 

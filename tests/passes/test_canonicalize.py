@@ -10,6 +10,7 @@ from pass_graphs import Build, aten, changes, ops, refusals, run
 from torch import fx
 
 from graphopt import graph as g
+from graphopt.ops.adaptive import adaptive_max_pool2d
 from graphopt.passes import Context, run_passes
 from graphopt.passes.canonicalize import TABLE, Canonicalize
 
@@ -19,6 +20,10 @@ Made = fx.Node | tuple[fx.Node, ...]
 
 def image(b: Build) -> fx.Node:
     return b.input(2, 4, 6, 5)
+
+
+def whole(b: Build) -> fx.Node:
+    return b.input(3, dtype=torch.int32)
 
 
 def weight(b: Build, *sizes: int) -> fx.Node:
@@ -366,6 +371,21 @@ CASES: dict[str, tuple[Callable[[Build], Made], list[str]]] = {
         lambda b: b.call(aten._adaptive_avg_pool2d.default, image(b), [3, 1]),
         ["avg_pool2d"],
     ),
+    "adaptive pool with equal windows that overlap": (
+        lambda b: b.call(aten.adaptive_avg_pool2d.default, b.input(1, 3, 7, 5), [3, 2]),
+        ["avg_pool2d"],
+    ),
+    "adaptive max pool": (
+        lambda b: b.call(adaptive_max_pool2d, b.input(1, 3, 7, 5), [3, 5]),
+        ["max_pool2d"],
+    ),
+    "adaptive max pool to one": (lambda b: b.call(adaptive_max_pool2d, image(b), [1, 1]), ["amax"]),
+    "shifts": (
+        lambda b: b.call(
+            aten.__rshift__.Tensor, b.call(aten.__lshift__.Scalar, whole(b), 2), whole(b)
+        ),
+        ["bitwise_left_shift", "bitwise_right_shift"],
+    ),
     "embedding": (
         lambda b: b.call(aten.embedding.default, weight(b, 5, 3), b.input(2, 4, dtype=I64), 0),
         ["embedding"],
@@ -469,6 +489,10 @@ REFUSED: dict[str, tuple[Callable[[Build], Made], str]] = {
     "adaptive_avg_pool2d.default": (
         lambda b: b.call(aten.adaptive_avg_pool2d.default, image(b), [4, 1]),
         "adaptive pooling from [6, 5] to [4, 1]: windows differ",
+    ),
+    "graphopt.adaptive_max_pool2d.default": (
+        lambda b: b.call(adaptive_max_pool2d, b.input(1, 3, 3, 5), [4, 5]),
+        "adaptive pooling from [3, 5] to [4, 5]: windows differ",
     ),
     "var.correction": (
         lambda b: b.call(aten.var.correction, b.input(1, 3), [0]),

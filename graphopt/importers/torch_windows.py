@@ -1,0 +1,130 @@
+"""PyTorch's adaptive pooling, pooling that says where the largest elements were, and unpooling.
+
+Each rule has the arguments of the operator it stands for. Places count the elements of one image,
+as PyTorch's do; they come from windows that are written out, but only where somebody reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import reduce
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphopt.ops.adaptive import adaptive_max_pool2d
+from graphopt.ops.order import first_places
+
+aten = torch.ops.aten
+
+
+def _pooled_places(x: Tensor, axes: Sequence[Tensor]) -> Tensor:
+    """The place of the first of the largest elements of each window of an image.
+
+    `axes` has for each axis of the image the elements of its windows [windows, elements]; an
+    element may be there twice.
+    """
+    sizes = x.shape[-len(axes) :]
+    counts = [int(part.shape[0]) for part in axes]
+    rank = len(axes)
+
+    def spread(part: Tensor, axis: int) -> Tensor:
+        shape = [1] * (2 * rank)
+        shape[axis], shape[rank + axis] = part.shape
+        return part.reshape(shape) * prod(sizes[axis + 1 :])
+
+    places = reduce(torch.add, [spread(part, axis) for axis, part in enumerate(axes)])
+    width = prod(int(part.shape[1]) for part in axes)
+    lead = list(x.shape[:-rank])
+    windows = x.reshape([*lead, prod(sizes)]).index_select(-1, places.reshape(-1))
+    best = first_places(windows.reshape([*lead, prod(counts), width]), 1, -1, True)
+    number = best.reshape([*lead, prod(counts)]) + torch.arange(prod(counts)) * width
+    chosen = places.reshape(-1).index_select(0, number.reshape(-1))
+    return chosen.reshape([*lead, *counts])
+
+
+def _adaptive_axis(size: int, parts: int) -> Tensor:
+    """The elements of windows that divide an axis, the last one again in the shorter windows."""
+    number = torch.arange(parts)
+    start, end = number * size // parts, ((number + 1) * size + parts - 1) // parts
+    length = -(-size // parts) + (1 if size % parts else 0)
+    return torch.minimum(start[:, None] + torch.arange(length), end[:, None] - 1)
+
+
+def _adaptive_max_pool2d(x: Tensor, output_size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    axes = [_adaptive_axis(n, o) for n, o in zip(x.shape[-2:], output_size, strict=True)]
+    return adaptive_max_pool2d(x, output_size), _pooled_places(x, axes)
+
+
+def _in_two_steps(
+    x: Tensor, output_size: Sequence[int], pool: Callable[[Tensor, list[int]], Tensor]
+) -> Tensor:
+    """3-D pooling: windows of frames first, then of the rows and columns of each."""
+    *lead, frames, rows, columns = x.shape
+    depth, height, width = output_size
+    flat = x.reshape([1, prod(lead), frames, rows * columns])
+    deep = pool(flat, [depth, rows * columns])
+    pooled = pool(deep.reshape([1, prod(lead) * depth, rows, columns]), [height, width])
+    return pooled.reshape([*lead, depth, height, width])
+
+
+def _adaptive_max_pool3d(x: Tensor, output_size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    axes = [_adaptive_axis(n, o) for n, o in zip(x.shape[-3:], output_size, strict=True)]
+    return _in_two_steps(x, output_size, adaptive_max_pool2d), _pooled_places(x, axes)
+
+
+def _adaptive_avg_pool3d(x: Tensor, output_size: Sequence[int]) -> Tensor:
+    return _in_two_steps(x, output_size, torch.nn.functional.adaptive_avg_pool2d)
+
+
+def _window_axis(size: int, windows: int, kernel: int, step: tuple[int, int, int]) -> Tensor:
+    """The elements of the windows of an axis; for those in the padding, the nearest not in it."""
+    stride, padding, dilation = step
+    start = (torch.arange(windows) * stride - padding)[:, None]
+    first = start + (-start).clamp(min=0).add(dilation - 1) // dilation * dilation
+    last = start + ((size - 1 - start) // dilation).clamp(max=kernel - 1) * dilation
+    elements = start + torch.arange(kernel) * dilation
+    return torch.minimum(torch.maximum(elements, first), last)
+
+
+def _two(numbers: Sequence[int] | int) -> list[int]:
+    listed = [numbers] if isinstance(numbers, int) else list(numbers)
+    return listed * 2 if len(listed) == 1 else listed
+
+
+def _max_pool2d(
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int] = (),
+    padding: Sequence[int] | int = 0,
+    dilation: Sequence[int] | int = 1,
+    ceil_mode: bool = False,
+) -> Any:
+    kernel, padding, dilation = _two(kernel_size), _two(padding), _two(dilation)
+    step = _two(stride) if stride else kernel
+    pooled = torch.max_pool2d(x, kernel, step, padding, dilation, ceil_mode)
+    axes = [
+        _window_axis(x.shape[i - 2], pooled.shape[i - 2], kernel[i], (step[i], padding[i], way))
+        for i, way in enumerate(dilation)
+    ]
+    return pooled, _pooled_places(x, axes)
+
+
+def _max_unpool2d(x: Tensor, indices: Tensor, output_size: Sequence[int]) -> Tensor:
+    """Zeros, and each element at its place."""
+    lead = list(x.shape[:-2])
+    pixels = prod(x.shape[-2:])
+    empty = torch.zeros([*lead, prod(output_size)], dtype=x.dtype)
+    filled = empty.scatter(-1, indices.reshape([*lead, pixels]), x.reshape([*lead, pixels]))
+    return filled.reshape([*lead, *output_size])
+
+
+RULES: dict[Any, Callable[..., Any]] = {
+    aten._adaptive_avg_pool3d.default: _adaptive_avg_pool3d,
+    aten.adaptive_max_pool2d.default: _adaptive_max_pool2d,
+    aten.adaptive_max_pool3d.default: _adaptive_max_pool3d,
+    aten.max_pool2d_with_indices.default: _max_pool2d,
+    aten.max_unpool2d.default: _max_unpool2d,
+}
