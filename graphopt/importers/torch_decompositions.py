@@ -46,6 +46,7 @@ KEPT: tuple[Any, ...] = (
     aten.avg_pool2d.default,
     aten.adaptive_avg_pool2d.default,
     aten.col2im.default,
+    aten.index_add.default,
     aten.upsample_nearest2d.vec,
     aten.upsample_bilinear2d.vec,
     aten.upsample_linear1d.vec,

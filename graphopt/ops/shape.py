@@ -115,6 +115,16 @@ def _check_index(call: Call) -> str | None:
     return None
 
 
+def _foldable(call: Call) -> str | None:
+    if call.dtype in (torch.bool, torch.float16):
+        return f"folding {call.dtype} is not supported"
+    if call.arguments.get("alpha", 1) != 1 or not call.arguments.get("include_self", True):
+        return "a factor, or elements that are replaced; canonicalize writes them out"
+    if call.arguments.get("reduce") == "mean":
+        return "a mean; canonicalize writes it out"
+    return None
+
+
 def _flip(call: Call, x: Reader, index: Index) -> Expr:
     axes = [dim % len(index) for dim in call["dims"]]
     size = call.shape
@@ -210,6 +220,12 @@ def _scattered(g: torch.Generator) -> tuple[Any, ...]:
     return torch.randn(3, 4, 5, generator=g), -1, places, torch.randn(2, 4, 4, generator=g)
 
 
+def _repeated(g: torch.Generator) -> tuple[Any, ...]:
+    """Several go to one place; the index is smaller than both."""
+    places = torch.randint(5, (2, 4, 9), generator=g)
+    return torch.randn(3, 4, 5, generator=g), -1, places, torch.randn(2, 4, 9, generator=g)
+
+
 def _rows(count: int, width: int, index: Any, **kwargs: Any) -> Sample:
     places = torch.tensor(index)
     return Sample(lambda g: (torch.randn(count, width, generator=g), places), kwargs, ulp=0)
@@ -302,6 +318,23 @@ SHAPE: tuple[OpDef, ...] = (
               _image(-1, torch.tensor([3]), torch.ones(2, 10, 5, 1)),
               _image(0, torch.tensor([1, 0]), torch.ones(2, 9), shape=(3, 9)),
               _image(0, torch.tensor(2), torch.ones(1), shape=(3,)),
+          )),
+    OpDef("scatter_reduce", (aten.scatter_reduce.two,), Kind.ANCHOR,
+          operands=("self", "index", "src"), check=_foldable, samples=(
+              *(Sample(_repeated, {"reduce": kind}, ulp=4)
+                for kind in ("sum", "prod", "amax", "amin")),
+              *(_small(1, torch.tensor([[[3], [0], [3]]]), torch.full((1, 3, 1), 4), kind)
+                for kind in ("sum", "prod", "amax", "amin")),
+              Sample(lambda g: (torch.ones(3), 0, torch.tensor([1, 1, 0]),
+                                torch.tensor([float("nan"), 2.0, 3.0]), "amax"), ulp=0),
+          )),
+    OpDef("index_add", (aten.index_add.default,), Kind.ANCHOR,
+          operands=("self", "index", "source"), check=_foldable, samples=(
+              _image(1, torch.tensor([9, 0, 9]), torch.ones(2, 3, 5, 7)),
+              _image(-1, torch.tensor([3]), torch.ones(2, 10, 5, 1)),
+              _image(0, torch.tensor([1, 1, 1]), torch.ones(3, 9), shape=(3, 9)),
+              _image(0, torch.tensor(2), torch.ones(1), shape=(3,)),
+              _small(0, torch.tensor([2, 2]), torch.full((2, 4, 5), 3)),
           )),
     OpDef("embedding", (aten.embedding.default,), Kind.INJECTIVE, _embedding,
           operands=("weight", "indices"), samples=(

@@ -87,6 +87,38 @@ def windows_and_diagonals(x: Tensor, line: Tensor) -> Results:
     ]  # fmt: skip
 
 
+def scans(x: Tensor, n: Tensor) -> Results:
+    return [x.cumprod(1), x.cumprod(-1), n.cumprod(0), (x > 0).cumprod(2), x.relu().cumprod(0)]
+
+
+def folds(x: Tensor, i: Tensor, source: Tensor, n: Tensor) -> Results:
+    """x [4, 6] and n alike, i [4, 3] in 0 … 3, source [4, 3]."""
+    kinds = ("sum", "prod", "amax", "amin", "mean")
+    whole = source.mul(9).long()
+    return [
+        x.scatter_add(1, i, source).relu(), x.scatter(1, i, source, reduce="multiply"),
+        x.scatter(1, i, 2.5, reduce="add"), x.scatter(1, i, source, reduce="add").long(),
+        *(x.scatter_reduce(-1, i, source, kind) for kind in kinds),
+        *(x.scatter_reduce(0, i, source, kind, include_self=False) for kind in kinds),
+        *(n.scatter_reduce(1, i, whole, kind) for kind in kinds),
+        *(n.scatter_reduce(1, i[:2], whole, kind, include_self=False) for kind in kinds),
+        x.index_add(1, i[0], source), x.index_add(-2, i[1], source.repeat(1, 2)[:3], alpha=-2),
+        n.index_add(1, i[0], whole),
+    ]  # fmt: skip
+
+
+def writes(x: Tensor, i: Tensor, source: Tensor, n: Tensor) -> Results:
+    """Places in several dimensions; i[0] repeats none."""
+    results = [x.clone() for _ in range(5)]
+    results[0][i[0], i[1] - 2] = source[0]
+    results[1].index_put_((i, i.flip(0) - 4), source, accumulate=True)
+    results[2].index_put_((i[:, :1].int(), i[0]), torch.tensor(1.5), accumulate=True)
+    results[3][:, i[0]] += source
+    cube = x.reshape(2, 2, 6, 1).repeat(1, 1, 1, 2)
+    cube[:, i[0] % 2, i[0]] = source[:2, :, None]
+    return [*results, cube]
+
+
 CASES: dict[str, tuple[Callable[..., Results], tuple[Tensor, ...]]] = {
     "elementwise": (
         elementwise,
@@ -98,10 +130,17 @@ CASES: dict[str, tuple[Callable[..., Results], tuple[Tensor, ...]]] = {
         pools_with_places,
         (whole(4, 2, 3, 7, 5).float(), whole(4, 2, 3, 11).float()),
     ),
+    "scans": (scans, (normal(2, 7, 9), whole(5, 3, 4))),
+    "folds": (folds, (normal(4, 6), whole(4, 4, 3), normal(4, 3, seed=1), whole(9, 4, 6))),
+    "writes": (
+        writes,
+        (normal(4, 6), torch.tensor([[0, 3, 1], [1, 1, 2]]).repeat(2, 1), normal(4, 3), whole(2)),
+    ),
     "windows, diagonals": (windows_and_diagonals, (normal(2, 3, 7, 5), normal(2, 3, 11))),
 }
 
 
+@pytest.mark.filterwarnings("ignore:The reduce argument of torch.scatter")
 @pytest.mark.parametrize("name", CASES)
 def test_as_pytorch(name: str) -> None:
     function, args = CASES[name]
