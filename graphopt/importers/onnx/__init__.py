@@ -26,6 +26,7 @@ from graphopt.importers.onnx import (
     recurrent,
     reduce,
     resize,
+    scatter,
     shape,
 )
 from graphopt.importers.onnx.importer import Handler, import_graph
@@ -43,6 +44,7 @@ HANDLERS: dict[str, Handler] = {
     **recurrent.HANDLERS,
     **reduce.HANDLERS,
     **resize.HANDLERS,
+    **scatter.HANDLERS,
     **shape.HANDLERS,
 }
 
