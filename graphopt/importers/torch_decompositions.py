@@ -63,7 +63,7 @@ def _vector_norm(
     *,
     dtype: torch.dtype | None = None,
 ) -> Any:
-    """‖x‖ over `dim` for the orders that have a plain form; others stay as they are."""
+    """‖x‖ over `dim`."""
     if dtype is not None:
         x = x.to(dtype)
     if isinstance(dim, int):
@@ -71,13 +71,59 @@ def _vector_norm(
     axes = list(range(x.dim())) if dim is None else list(dim)
     if ord == 2:
         return torch.sqrt(torch.sum(x * x, axes, keepdim))
+    size = torch.abs(x)
     if ord == 1:
-        return torch.sum(torch.abs(x), axes, keepdim)
+        return torch.sum(size, axes, keepdim)
     if ord == math.inf:
-        return torch.amax(torch.abs(x), axes, keepdim)
+        return torch.amax(size, axes, keepdim)
     if ord == -math.inf:
-        return torch.amin(torch.abs(x), axes, keepdim)
-    return NotImplemented
+        return torch.amin(size, axes, keepdim)
+    if ord == 0:
+        return torch.sum((x != 0).to(x.dtype), axes, keepdim)
+    return torch.pow(torch.sum(torch.pow(size, ord), axes, keepdim), 1 / ord)
+
+
+def _distances(
+    a: torch.Tensor, b: torch.Tensor, p: float, compute_mode: int | None = None
+) -> torch.Tensor:
+    """Of all rows of `a` from all rows of `b`; by differences, which lose no digits."""
+    return _vector_norm(a.unsqueeze(-2) - b.unsqueeze(-3), p, -1)
+
+
+def _rrelu(
+    x: torch.Tensor,
+    noise: torch.Tensor,
+    lower: float = 0.125,
+    upper: float = 1 / 3,
+    training: bool = False,
+    generator: torch.Generator | None = None,
+) -> Any:
+    """The mean slope below 0, when it is not trained."""
+    if training:
+        return NotImplemented
+    return torch.nn.functional.leaky_relu(x, (lower + upper) / 2), noise
+
+
+def _bilinear(
+    a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """y[o] = Σ a[i]·weight[o, i, j]·b[j]: a product by a constant matrix, then one of rows."""
+    outputs, width, other = weight.shape
+    matrix = weight.permute(0, 2, 1).reshape(outputs * other, width)
+    products = torch.nn.functional.linear(a, matrix).reshape([*a.shape[:-1], outputs, other])
+    y = torch.sum(products * b.unsqueeze(-2), -1)
+    return y if bias is None else y + bias
+
+
+def _addbmm(
+    x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1
+) -> torch.Tensor:
+    """The sum over a batch is one product of longer rows."""
+    batch, rows, inner = a.shape
+    product = torch.matmul(
+        a.permute(1, 0, 2).reshape(rows, batch * inner), b.reshape(batch * inner, b.shape[2])
+    )
+    return product * alpha if beta == 0 else x * beta + product * alpha
 
 
 def _full_like(
@@ -100,6 +146,10 @@ def _empty(size: Sequence[int], *, dtype: torch.dtype | None = None, **_: Any) -
 
 EXTRA: dict[Any, Callable[..., Any]] = {
     aten.linalg_vector_norm.default: _vector_norm,
+    aten._cdist_forward.default: _distances,
+    aten.rrelu_with_noise_functional.default: _rrelu,
+    aten.bilinear.default: _bilinear,
+    aten.addbmm.default: _addbmm,
     aten.full_like.default: _full_like,
     aten.empty.memory_format: _empty,
     aten.any.default: _any,

@@ -119,6 +119,22 @@ def writes(x: Tensor, i: Tensor, source: Tensor, n: Tensor) -> Results:
     return [*results, cube]
 
 
+def distances(x: Tensor, y: Tensor) -> Results:
+    orders = (2.0, 1.0, 0.0, 3.0, 0.5, float("inf"))
+    return [
+        *(torch.cdist(x, y, p) for p in orders), torch.cdist(x, y[0]),
+        torch.cdist(x.repeat(1, 9, 1), y.repeat(1, 9, 1)),  # By a product.
+        *(x.norm(p, -1) for p in (*orders, -2.0, -float("inf"))), x.norm(3, (0, 1), keepdim=True),
+    ]  # fmt: skip
+
+
+def products(x: Tensor, y: Tensor, z: Tensor) -> Results:
+    return [
+        torch.addbmm(z, x, y), torch.addbmm(z, x, y, beta=0, alpha=0.5),
+        torch.addbmm(z, x, y, beta=2, alpha=3), F.rrelu(x), F.rrelu(x, 0.2, 0.4),
+    ]  # fmt: skip
+
+
 CASES: dict[str, tuple[Callable[..., Results], tuple[Tensor, ...]]] = {
     "elementwise": (
         elementwise,
@@ -136,6 +152,8 @@ CASES: dict[str, tuple[Callable[..., Results], tuple[Tensor, ...]]] = {
         writes,
         (normal(4, 6), torch.tensor([[0, 3, 1], [1, 1, 2]]).repeat(2, 1), normal(4, 3), whole(2)),
     ),
+    "distances": (distances, (normal(2, 4, 7), normal(2, 5, 7, seed=1))),
+    "products": (products, (normal(2, 3, 7), normal(2, 7, 5), normal(3, 5))),
     "windows, diagonals": (windows_and_diagonals, (normal(2, 3, 7, 5), normal(2, 3, 11))),
 }
 
@@ -145,3 +163,15 @@ CASES: dict[str, tuple[Callable[..., Results], tuple[Tensor, ...]]] = {
 def test_as_pytorch(name: str) -> None:
     function, args = CASES[name]
     check(function, *args)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_bilinear(bias: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.Bilinear(3, 4, 5, bias=bias).eval()
+    args = (normal(2, 6, 3), normal(2, 6, 4))
+    compiled = graphopt.compile(layer, args)
+    # Sums of 12 products.
+    np.testing.assert_allclose(
+        compiled(*(x.numpy() for x in args)), layer(*args).detach(), rtol=0, atol=2e-6
+    )
