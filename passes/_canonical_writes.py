@@ -84,7 +84,7 @@ def _index_put(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
 
 
 def _broadcast(shapes: list[tuple[int, ...]]) -> list[int]:
-    return list(torch.broadcast_shapes(*shapes))
+    return list(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
 
 
 def _from_front(ed: Editor, index: fx.Node, size: int) -> fx.Node:
@@ -112,7 +112,8 @@ _REDUCTIONS = {"add": "sum", "multiply": "prod"}
 
 def _scatter_reduce(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
     """scatter_add and all reductions → scatter_reduce to sum, prod, amax or amin, self included."""
-    reduce = _REDUCTIONS.get(a.get("reduce", "sum"), a.get("reduce", "sum"))
+    named: str = a.get("reduce", "sum")
+    reduce = _REDUCTIONS.get(named, named)
     x, dim, index, src = a["self"], wrap(a["dim"], max(1, rank(node))), a["index"], a.get("src")
     include = a.get("include_self", True)
     done = node.target is aten.scatter_reduce.two and reduce != "mean" and include

@@ -62,7 +62,7 @@ def _vector_norm(
     keepdim: bool = False,
     *,
     dtype: torch.dtype | None = None,
-) -> Any:
+) -> torch.Tensor:
     """‖x‖ over `dim`."""
     if dtype is not None:
         x = x.to(dtype)

@@ -53,7 +53,7 @@ def _in_range(number: int, dtype: torch.dtype) -> int:
     if dtype == torch.bool:
         return int(number != 0)
     kind = torch.iinfo(dtype)
-    return (number - kind.min) % 2**kind.bits + kind.min
+    return (number - kind.min) % (1 << kind.bits) + kind.min
 
 
 def truth(x: Expr) -> Expr:
