@@ -7,13 +7,13 @@ as PyTorch's do; they come from windows that are written out, but only where som
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import reduce
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from graphopt.importers.window_elements import places_in_windows, window_axis
 from graphopt.ops.adaptive import adaptive_max_pool2d
 from graphopt.ops.order import first_places
 
@@ -23,26 +23,17 @@ aten = torch.ops.aten
 def _pooled_places(x: Tensor, axes: Sequence[Tensor]) -> Tensor:
     """The place of the first of the largest elements of each window of an image.
 
-    `axes` has for each axis of the image the elements of its windows [windows, elements]; an
-    element may be there twice.
+    `axes` has for each axis of the image the elements of its windows [windows, elements].
     """
-    sizes = x.shape[-len(axes) :]
-    counts = [int(part.shape[0]) for part in axes]
     rank = len(axes)
-
-    def spread(part: Tensor, axis: int) -> Tensor:
-        shape = [1] * (2 * rank)
-        shape[axis], shape[rank + axis] = part.shape
-        return part.reshape(shape) * prod(sizes[axis + 1 :])
-
-    places = reduce(torch.add, [spread(part, axis) for axis, part in enumerate(axes)])
-    width = prod(int(part.shape[1]) for part in axes)
-    lead = list(x.shape[:-rank])
+    lead, sizes = list(x.shape[:-rank]), x.shape[-rank:]
+    places = places_in_windows(axes, sizes)
+    count, width = places.shape
     windows = x.reshape([*lead, prod(sizes)]).index_select(-1, places.reshape(-1))
-    best = first_places(windows.reshape([*lead, prod(counts), width]), 1, -1, True)
-    number = best.reshape([*lead, prod(counts)]) + torch.arange(prod(counts)) * width
+    best = first_places(windows.reshape([*lead, count, width]), 1, -1, True)
+    number = best.reshape([*lead, count]) + torch.arange(count) * width
     chosen = places.reshape(-1).index_select(0, number.reshape(-1))
-    return chosen.reshape([*lead, *counts])
+    return chosen.reshape([*lead, *(int(part.shape[0]) for part in axes)])
 
 
 def _adaptive_axis(size: int, parts: int) -> Tensor:
@@ -76,17 +67,7 @@ def _adaptive_max_pool3d(x: Tensor, output_size: Sequence[int]) -> tuple[Tensor,
 
 
 def _adaptive_avg_pool3d(x: Tensor, output_size: Sequence[int]) -> Tensor:
-    return _in_two_steps(x, output_size, torch.nn.functional.adaptive_avg_pool2d)
-
-
-def _window_axis(size: int, windows: int, kernel: int, step: tuple[int, int, int]) -> Tensor:
-    """The elements of the windows of an axis; for those in the padding, the nearest not in it."""
-    stride, padding, dilation = step
-    start = (torch.arange(windows) * stride - padding)[:, None]
-    first = start + (-start).clamp(min=0).add(dilation - 1) // dilation * dilation
-    last = start + ((size - 1 - start) // dilation).clamp(max=kernel - 1) * dilation
-    elements = start + torch.arange(kernel) * dilation
-    return torch.minimum(torch.maximum(elements, first), last)
+    return _in_two_steps(x, output_size, aten.adaptive_avg_pool2d.default)
 
 
 def _two(numbers: Sequence[int] | int) -> list[int]:
@@ -106,7 +87,7 @@ def _max_pool2d(
     step = _two(stride) if stride else kernel
     pooled = torch.max_pool2d(x, kernel, step, padding, dilation, ceil_mode)
     axes = [
-        _window_axis(x.shape[i - 2], pooled.shape[i - 2], kernel[i], (step[i], padding[i], way))
+        window_axis(x.shape[i - 2], pooled.shape[i - 2], kernel[i], (step[i], padding[i], way))
         for i, way in enumerate(dilation)
     ]
     return pooled, _pooled_places(x, axes)

@@ -566,3 +566,25 @@ def test_reverse_sequence(time, batch, constant):
         "ReverseSequence", inputs, lengths if constant else {}, time_axis=time, batch_axis=batch
     )
     assert_same(model, inputs, 0)
+
+
+REGIONS = [[0, 0, 7, 5], [1.3, 2.1, 9.7, 8.2], [-4, -3, 3, 30], [5, 5, 5.2, 5.1], [20, 20, 30, 30]]
+
+
+@pytest.mark.parametrize("mode", ["avg", "max"])
+@pytest.mark.parametrize("coordinates", [None, "half_pixel", "output_half_pixel"])
+@pytest.mark.parametrize(("ratio", "size", "scale"), [(2, (3, 2), 0.5), (1, (1, 4), 1.0)])
+def test_roi_align(mode, coordinates, ratio, size, scale):
+    attributes = {"mode": mode, "sampling_ratio": ratio, "spatial_scale": scale}
+    attributes |= {"output_height": size[0], "output_width": size[1]}
+    if coordinates:
+        attributes["coordinate_transformation_mode"] = coordinates
+    inputs = {"x": floats(2, 3, 8, 10), "r": np.array(REGIONS, F), "i": ints(0, 1, 1, 0, 1)}
+    for opset in (16,) if coordinates else (10, 16):
+        assert_same(one_node("RoiAlign", inputs, opset=opset, **attributes), inputs, 2e-6)
+
+
+def test_roi_align_whose_samples_depend_on_the_regions():
+    inputs = {"x": floats(1, 3, 8, 10), "r": np.array(REGIONS[:1], F), "i": ints(0)}
+    with pytest.raises(UnsupportedError, match="depends on the regions"):
+        import_model(one_node("RoiAlign", inputs, opset=16))

@@ -26,6 +26,7 @@ from graphopt.importers.onnx import (
     recurrent,
     reduce,
     resize,
+    roi,
     scatter,
     shape,
 )
@@ -44,6 +45,7 @@ HANDLERS: dict[str, Handler] = {
     **recurrent.HANDLERS,
     **reduce.HANDLERS,
     **resize.HANDLERS,
+    **roi.HANDLERS,
     **scatter.HANDLERS,
     **shape.HANDLERS,
 }
