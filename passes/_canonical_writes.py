@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
 from graphopt.graph import constant, shape, value
 from graphopt.passes._canonical import Handler, Outcome
 from graphopt.passes._canonical_shapes import Arguments, cut, wrap
-from graphopt.passes._nodes import aten, is_float, rank
+from graphopt.passes._nodes import aten, bind, is_float, parameters, rank
 from graphopt.passes.rewrite import Editor, Refusal
 
 
@@ -114,7 +115,7 @@ def _scatter_reduce(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
     """scatter_add and all reductions → scatter_reduce to sum, prod, amax or amin, self included."""
     named: str = a.get("reduce", "sum")
     reduce = _REDUCTIONS.get(named, named)
-    x, dim, index, src = a["self"], wrap(a["dim"], max(1, rank(node))), a["index"], a.get("src")
+    x, dim, index, src = a["self"], wrap(a["dim"], rank(node)), a["index"], a.get("src")
     include = a.get("include_self", True)
     done = node.target is aten.scatter_reduce.two and reduce != "mean" and include
     if done and dim == a["dim"]:
@@ -153,14 +154,58 @@ def _identity(reduce: str, dtype: torch.dtype) -> int | float:
     return kind.min if reduce == "amax" else kind.max
 
 
+def _lifted(handler: Handler) -> Handler:
+    """Writing to a scalar → writing to a vector of one element; all else is the handler's."""
+
+    def handle(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
+        if rank(a["self"]):
+            return handler(ed, node, a)
+        vectors = {
+            name: ed.call(aten.reshape.default, given, [math.prod(shape(given))])
+            if isinstance(given, fx.Node)
+            else given
+            for name, given in a.items()
+        }
+        assert isinstance(node.target, OpOverload)
+        named = {name for name, keyword_only, *_ in parameters(node.target) if keyword_only}
+        args = [given for name, given in vectors.items() if name not in named]
+        kwargs: dict[str, Any] = {name: vectors[name] for name in named}
+        written = ed.call(node.target, *args, **kwargs)
+        outcome = handler(ed, written, bind(written))
+        if isinstance(outcome, Refusal):
+            return outcome
+        if isinstance(outcome, fx.Node):
+            written = outcome
+        return ed.call(aten.reshape.default, written, [])
+
+    return handle
+
+
+def _scatter(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
+    """scatter: only gets its `dim` counted from the front."""
+    dim = wrap(a["dim"], rank(node))
+    if dim == a["dim"]:
+        return None
+    what = a["src"] if "src" in a else a["value"]
+    assert isinstance(node.target, OpOverload)
+    return ed.call(node.target, a["self"], dim, a["index"], what)
+
+
 HANDLERS: dict[Any, Handler] = {
     aten.copy.default: _copy,
-    aten.index_add.default: _index_add,
-    aten.index_copy.default: _index_copy,
+    aten.index_add.default: _lifted(_index_add),
+    aten.index_copy.default: _lifted(_index_copy),
     aten.index_put.default: _index_put,
-    aten.scatter.reduce: _scatter_reduce,
-    aten.scatter.value_reduce: _scatter_reduce,
-    aten.scatter_add.default: _scatter_reduce,
-    aten.scatter_reduce.two: _scatter_reduce,
+    aten.scatter.src: _lifted(_scatter),
+    aten.scatter.value: _lifted(_scatter),
+    **dict.fromkeys(
+        [
+            aten.scatter.reduce,
+            aten.scatter.value_reduce,
+            aten.scatter_add.default,
+            aten.scatter_reduce.two,
+        ],
+        _lifted(_scatter_reduce),
+    ),
     aten.slice_scatter.default: _slice_scatter,
 }

@@ -119,6 +119,16 @@ def writes(x: Tensor, i: Tensor, source: Tensor, n: Tensor) -> Results:
     return [*results, cube]
 
 
+def scalars(x: Tensor, i: Tensor, y: Tensor) -> Results:
+    """All of one element, i is 0."""
+    return [
+        x.gather(0, i), x.gather(0, i[None]), x.index_select(0, i), x.scatter(0, i, y),
+        x.scatter(0, i[None], 3.0), x.scatter_add(-1, i, y), x.scatter_reduce(0, i, y, "mean"),
+        x.scatter_reduce(0, i, y, "amin", include_self=False), x.index_add(0, i, y, alpha=2),
+        x.index_copy(0, i[None], y[None]), x.cumprod(0), x.unfold(0, 1, 1),
+    ]  # fmt: skip
+
+
 def distances(x: Tensor, y: Tensor) -> Results:
     orders = (2.0, 1.0, 0.0, 3.0, 0.5, float("inf"))
     return [
@@ -152,6 +162,7 @@ CASES: dict[str, tuple[Callable[..., Results], tuple[Tensor, ...]]] = {
         writes,
         (normal(4, 6), torch.tensor([[0, 3, 1], [1, 1, 2]]).repeat(2, 1), normal(4, 3), whole(2)),
     ),
+    "scalars": (scalars, (torch.tensor(1.5), torch.tensor(0), torch.tensor(-2.0))),
     "distances": (distances, (normal(2, 4, 7), normal(2, 5, 7, seed=1))),
     "products": (products, (normal(2, 3, 7), normal(2, 7, 5), normal(3, 5))),
     "windows, diagonals": (windows_and_diagonals, (normal(2, 3, 7, 5), normal(2, 3, 11))),

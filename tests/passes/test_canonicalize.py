@@ -421,6 +421,14 @@ CASES: dict[str, tuple[Callable[[Build], Made], list[str]]] = {
         ),
         ["scatter", "scatter_reduce"],
     ),
+    "scatter_add to a scalar": (
+        lambda b: b.call(aten.scatter_add.default, b.input(), 0, places(b), b.input()),
+        ["reshape", "reshape", "reshape", "scatter_reduce", "reshape"],
+    ),
+    "gather from a scalar": (
+        lambda b: b.call(aten.gather.default, b.input(), 0, places(b, 1)),
+        ["expand"],
+    ),
     "mean of what is scattered": (
         lambda b: b.call(
             aten.scatter_reduce.two, b.input(3, 4), 1, places(b, 2, 3), b.input(2, 3), "mean"
