@@ -98,14 +98,29 @@ def _from_front(ed: Editor, index: fx.Node, size: int) -> fx.Node:
 
 
 def _index_add(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
-    """alpha → a product of its own; dimensions count from the front."""
+    """alpha → a product of its own; adding neighbours to zeros → sum."""
     dim = wrap(a["dim"], rank(node))
+    if a["alpha"] == 1 and is_float(node) and _sums_runs(ed, a, dim):
+        sizes = list(shape(node))
+        runs = [*sizes[: dim + 1], shape(a["source"])[dim] // sizes[dim], *sizes[dim + 1 :]]
+        apart = ed.call(aten.reshape.default, a["source"], runs)
+        return ed.call(aten.sum.dim_IntList, apart, [dim + 1], False)
     if a["alpha"] == 1 and dim == a["dim"]:
         return None
     source = a["source"]
     if a["alpha"] != 1:
         source = ed.call(aten.mul.Tensor, source, a["alpha"])
     return ed.call(aten.index_add.default, a["self"], dim, a["index"], source)
+
+
+def _sums_runs(ed: Editor, a: Arguments, dim: int) -> bool:
+    """Whether each place gets the same number of neighbours, and nothing was there before."""
+    before, places = constant(ed.gm, a["self"]), constant(ed.gm, a["index"])
+    if before is None or places is None or places.ndim != 1 or bool(before.any()):
+        return False
+    each, rest = divmod(len(places), shape(a["self"])[dim])
+    runs = torch.arange(shape(a["self"])[dim]).repeat_interleave(each)
+    return rest == 0 and each > 0 and torch.equal(places, runs)
 
 
 _REDUCTIONS = {"add": "sum", "multiply": "prod"}

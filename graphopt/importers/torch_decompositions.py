@@ -115,6 +115,47 @@ def _bilinear(
     return y if bias is None else y + bias
 
 
+def _embedding_bag(
+    weight: torch.Tensor,
+    indices: torch.Tensor,
+    offsets: torch.Tensor,
+    scale_grad_by_freq: bool = False,
+    mode: int = 0,
+    sparse: bool = False,
+    per_sample_weights: torch.Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int = -1,
+) -> tuple[torch.Tensor, ...]:
+    """The sum (mode 0), mean (1) or maximum (2) of the rows in each bag; 0 in an empty one.
+
+    Of the four results only the first has a form here.
+    """
+    bags = int(offsets.shape[0]) - int(include_last_offset)
+    place = torch.arange(int(indices.shape[0]))
+    # The bag of a row is the last that has begun.
+    bag = torch.sum(offsets[:bags] <= place[:, None], 1) - 1
+    rows = torch.nn.functional.embedding(indices, weight)
+    counted = torch.ones([len(place)], dtype=weight.dtype)
+    if padding_idx >= 0:
+        counted = (indices != padding_idx).to(weight.dtype)
+        nothing = -math.inf if mode == 2 else 0.0
+        rows = torch.where((indices != padding_idx)[:, None], rows, nothing)
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights[:, None]
+    empty = torch.zeros([bags, int(weight.shape[1])], dtype=weight.dtype)
+    if mode == 2:
+        each = bag[:, None].expand(rows.shape)
+        result = empty.scatter_reduce(0, each, rows, "amax", include_self=False)
+        # A bag of nothing but padding is an empty one.
+        result = torch.where(result == -math.inf, 0.0, result)
+    else:
+        result = torch.index_add(empty, 0, bag, rows)
+    if mode == 1:
+        count = torch.index_add(torch.zeros([bags], dtype=weight.dtype), 0, bag, counted)
+        result = result / count.clamp(min=1)[:, None]
+    return result, bag, offsets, offsets
+
+
 def _addbmm(
     x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1
 ) -> torch.Tensor:
@@ -150,6 +191,8 @@ EXTRA: dict[Any, Callable[..., Any]] = {
     aten.rrelu_with_noise_functional.default: _rrelu,
     aten.bilinear.default: _bilinear,
     aten.addbmm.default: _addbmm,
+    aten._embedding_bag.default: _embedding_bag,
+    aten._embedding_bag_forward_only.default: _embedding_bag,
     aten.full_like.default: _full_like,
     aten.empty.memory_format: _empty,
     aten.any.default: _any,

@@ -186,3 +186,43 @@ def test_bilinear(bias: bool) -> None:
     np.testing.assert_allclose(
         compiled(*(x.numpy() for x in args)), layer(*args).detach(), rtol=0, atol=2e-6
     )
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+@pytest.mark.parametrize("padding", [None, 2])
+def test_bags_of_embeddings(mode: str, padding: int | None) -> None:
+    class Bags(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.table = nn.Parameter(torch.randn(6, 5))
+
+        def forward(self, rows: Tensor, line: Tensor, starts: Tensor) -> Results:
+            bag = partial(F.embedding_bag, mode=mode, padding_idx=padding)
+            results = [
+                bag(rows, self.table), bag(line, self.table, starts),
+                bag(line, self.table, torch.tensor([0, 3, 3, 7])),
+                bag(line, self.table, starts, include_last_offset=True),
+            ]  # fmt: skip
+            if mode == "sum":
+                weights = line.float() - 1.5
+                results.append(bag(line, self.table, starts, per_sample_weights=weights))
+            return results
+
+    # The second and the last bag are empty.
+    args = (whole(6, 3, 4), whole(6, 9), torch.tensor([0, 4, 4, 9]))
+    args[0][1] = 2  # One has nothing but padding.
+    module = Bags().eval()
+    results = graphopt.compile(module, args)(*(x.numpy() for x in args))
+    for number, (have, want) in enumerate(zip(results, module(*args), strict=True)):
+        # Sums of 5 rows at most.
+        np.testing.assert_allclose(
+            have, want.detach(), rtol=0, atol=5e-6, err_msg=f"result {number}"
+        )
+
+
+def test_bags_of_one_size_are_plain_sums() -> None:
+    compiled = graphopt.compile(nn.EmbeddingBag(6, 5, mode="sum").eval(), (whole(6, 3, 4),))
+    names = {str(node.target) for node in compiled.graph.graph.nodes}
+    assert "aten.sum.dim_IntList" in names
+    assert "aten.index_add.default" not in names

@@ -397,6 +397,26 @@ CASES: dict[str, tuple[Callable[[Build], Made], list[str]]] = {
         ),
         ["mul", "index_add"],
     ),
+    "index_add of neighbours to zeros": (
+        lambda b: b.call(
+            aten.index_add.default,
+            b.const(torch.zeros(2, 3, 4)),
+            1,
+            b.const(torch.tensor([0, 0, 1, 1, 2, 2])),
+            b.input(2, 6, 4),
+        ),
+        ["reshape", "sum"],
+    ),
+    "index_add of other neighbours": (
+        lambda b: b.call(
+            aten.index_add.default,
+            b.const(torch.zeros(2)),
+            0,
+            b.const(torch.tensor([0, 0, 0, 1])),
+            b.input(4),
+        ),
+        ["index_add"],
+    ),
     "scatter_add": (
         lambda b: b.call(
             aten.scatter_add.default, b.input(3, 4), -1, places(b, 2, 3), b.input(2, 3)
