@@ -8,10 +8,10 @@ from typing import Any
 from torch import fx
 
 from graphopt.graph import shape
-from graphopt.ops.adaptive import adaptive_max_pool2d, even_windows
 from graphopt.passes._canonical import Handler, Outcome, filled, per_channel
 from graphopt.passes._nodes import aten, rank, results
 from graphopt.passes.rewrite import Editor, Refusal
+from graphopt.windows import even_windows
 
 Arguments = dict[str, Any]
 
@@ -192,15 +192,15 @@ def _pool_3d(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
     return [pooled, None] if node.target is aten.max_pool3d_with_indices.default else pooled
 
 
-def _adaptive_pool(dims: int, averages: bool = True) -> Handler:
-    """adaptive pooling → mean or amax where the output is one pixel, else plain pooling."""
+def _adaptive_avg_pool(dims: int) -> Handler:
+    """adaptive_avg_pool → mean where the output is one pixel, avg_pool2d for equal windows."""
 
     def handle(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
         x = a["self"]
         sizes, outs = shape(x)[-dims:], shape(node)[-dims:]
         if all(out == 1 for out in outs):
             axes = list(range(rank(x) - dims, rank(x)))
-            return ed.call(aten.mean.dim if averages else aten.amax.default, x, axes, True)
+            return ed.call(aten.mean.dim, x, axes, True)
         windows = [even_windows(size, out) for size, out in zip(sizes, outs, strict=True)]
         if None in windows:
             return Refusal(f"adaptive pooling from {list(sizes)} to {list(outs)}: windows differ")
@@ -208,11 +208,7 @@ def _adaptive_pool(dims: int, averages: bool = True) -> Handler:
         if dims == 1:
             kernel, stride = [1, *kernel], [1, *stride]
             x = ed.call(aten.reshape.default, x, [*shape(x)[:-1], 1, shape(x)[-1]])
-        first = (x, kernel, stride, [0, 0])
-        if averages:
-            pooled = ed.call(aten.avg_pool2d.default, *first, False, True, None)
-        else:
-            pooled = ed.call(aten.max_pool2d.default, *first, [1, 1], False)
+        pooled = ed.call(aten.avg_pool2d.default, x, kernel, stride, [0, 0], False, True, None)
         return pooled if dims == 2 else ed.call(aten.reshape.default, pooled, list(shape(node)))
 
     return handle
@@ -309,10 +305,9 @@ HANDLERS: dict[Any, Handler] = {
     aten.avg_pool3d.default: _pool_3d,
     aten.max_pool1d.default: _pool_1d,
     aten.avg_pool1d.default: _pool_1d,
-    aten.adaptive_avg_pool1d.default: _adaptive_pool(1),
-    aten.adaptive_avg_pool2d.default: _adaptive_pool(2),
-    aten._adaptive_avg_pool2d.default: _adaptive_pool(2),
-    adaptive_max_pool2d: _adaptive_pool(2, averages=False),
+    aten.adaptive_avg_pool1d.default: _adaptive_avg_pool(1),
+    aten.adaptive_avg_pool2d.default: _adaptive_avg_pool(2),
+    aten._adaptive_avg_pool2d.default: _adaptive_avg_pool(2),
     aten.embedding.default: _embedding,
     aten.pixel_shuffle.default: _pixel_shuffle,
     aten.pixel_unshuffle.default: _pixel_unshuffle,

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphopt.importers.window_elements import places_in_windows, window_axis
 from graphopt.ops.adaptive import adaptive_max_pool2d
 from graphopt.ops.order import first_places
+from graphopt.windows import adaptive_axis, even_windows, places_in_windows, window_axis
 
 aten = torch.ops.aten
 
@@ -36,17 +36,20 @@ def _pooled_places(x: Tensor, axes: Sequence[Tensor]) -> Tensor:
     return chosen.reshape([*lead, *(int(part.shape[0]) for part in axes)])
 
 
-def _adaptive_axis(size: int, parts: int) -> Tensor:
-    """The elements of windows that divide an axis, the last one again in the shorter windows."""
-    number = torch.arange(parts)
-    start, end = number * size // parts, ((number + 1) * size + parts - 1) // parts
-    length = -(-size // parts) + (1 if size % parts else 0)
-    return torch.minimum(start[:, None] + torch.arange(length), end[:, None] - 1)
+def _largest(x: Tensor, output_size: Sequence[int]) -> Tensor:
+    """Adaptive max pooling; plain pooling where the windows are alike."""
+    if all(size == 1 for size in output_size):
+        return torch.amax(x, (-2, -1), True)
+    windows = [even_windows(n, o) for n, o in zip(x.shape[-2:], output_size, strict=True)]
+    if None in windows:
+        return adaptive_max_pool2d(x, output_size)  # type: ignore[no-any-return]
+    kernel, stride = (list(part) for part in zip(*filter(None, windows), strict=True))
+    return torch.max_pool2d(x, kernel, stride)
 
 
 def _adaptive_max_pool2d(x: Tensor, output_size: Sequence[int]) -> tuple[Tensor, Tensor]:
-    axes = [_adaptive_axis(n, o) for n, o in zip(x.shape[-2:], output_size, strict=True)]
-    return adaptive_max_pool2d(x, output_size), _pooled_places(x, axes)
+    axes = [adaptive_axis(n, o) for n, o in zip(x.shape[-2:], output_size, strict=True)]
+    return _largest(x, output_size), _pooled_places(x, axes)
 
 
 def _in_two_steps(
@@ -62,8 +65,8 @@ def _in_two_steps(
 
 
 def _adaptive_max_pool3d(x: Tensor, output_size: Sequence[int]) -> tuple[Tensor, Tensor]:
-    axes = [_adaptive_axis(n, o) for n, o in zip(x.shape[-3:], output_size, strict=True)]
-    return _in_two_steps(x, output_size, adaptive_max_pool2d), _pooled_places(x, axes)
+    axes = [adaptive_axis(n, o) for n, o in zip(x.shape[-3:], output_size, strict=True)]
+    return _in_two_steps(x, output_size, _largest), _pooled_places(x, axes)
 
 
 def _adaptive_avg_pool3d(x: Tensor, output_size: Sequence[int]) -> Tensor:
@@ -85,6 +88,8 @@ def _max_pool2d(
 ) -> Any:
     kernel, padding, dilation = _two(kernel_size), _two(padding), _two(dilation)
     step = _two(stride) if stride else kernel
+    if any((k - 1) * d >= n for n, k, d in zip(x.shape[-2:], kernel, dilation, strict=True)):
+        return NotImplemented  # A window might have nothing but padding.
     pooled = torch.max_pool2d(x, kernel, step, padding, dilation, ceil_mode)
     axes = [
         window_axis(x.shape[i - 2], pooled.shape[i - 2], kernel[i], (step[i], padding[i], way))

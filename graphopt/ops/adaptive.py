@@ -7,7 +7,6 @@ second result, their places. It belongs to `torch.library`, so that a graph with
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from tvm import tirx
 from graphopt.ops.math import dtype_of
 from graphopt.ops.opdef import Call, Expr, Index, Kind, OpDef, Reader, Reduction, Sample
 from graphopt.ops.reduce import pooling
+from graphopt.windows import adaptive_window
 
 aten = torch.ops.aten
 
@@ -41,26 +41,11 @@ _LIBRARY.impl("adaptive_max_pool2d", _largest, "CompositeExplicitAutograd")
 torch.library.register_fake("graphopt::adaptive_max_pool2d", _shape, lib=_LIBRARY)
 
 
-def window(place: int, size: int, parts: int) -> tuple[int, int]:
-    """Where the window of one part begins and ends, as PyTorch divides the axis."""
-    return place * size // parts, -(-(place + 1) * size // parts)
-
-
-def even_windows(size: int, parts: int) -> tuple[int, int] | None:
-    """(length, step) of the windows of an axis where they are alike, else None."""
-    bounds = [window(place, size, parts) for place in range(parts)]
-    lengths = {end - start for start, end in bounds}
-    steps = {b[0] - a[0] for a, b in pairwise(bounds)} or {size}
-    if len(lengths) != 1 or len(steps) != 1 or steps == {0}:
-        return None
-    return lengths.pop(), steps.pop()
-
-
 def _adaptive(combine: str) -> Any:
     def build(call: Call, x: Reader) -> Reduction:
         size, out = call.shape_of("self")[-2:], call.shape[-2:]
         kernel = tuple(
-            max(end - start for start, end in (window(i, n, o) for i in range(o)))
+            max(end - start for start, end in (adaptive_window(i, n, o) for i in range(o)))
             for n, o in zip(size, out, strict=True)
         )
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import graphopt
+from graphopt.importers import import_model
 
 Results = list[Tensor] | tuple[Tensor, ...]
 
@@ -226,3 +227,14 @@ def test_bags_of_one_size_are_plain_sums() -> None:
     names = {str(node.target) for node in compiled.graph.graph.nodes}
     assert "aten.sum.dim_IntList" in names
     assert "aten.index_add.default" not in names
+
+
+@pytest.mark.parametrize(
+    ("size", "name"),
+    [(1, "amax"), ((7, 1), "max_pool2d"), ((3, 2), "max_pool2d"), (4, "adaptive_max_pool2d")],
+)
+def test_adaptive_pools_with_equal_windows_are_plain(size: int, name: str) -> None:
+    """From 7 to 3 the windows overlap: 3 long, 2 apart."""
+    gm = import_model(nn.AdaptiveMaxPool2d(size).eval(), (normal(1, 2, 7, 5),))
+    called = [node.target.name() for node in gm.graph.nodes if node.op == "call_function"]
+    assert [each.split("::")[1].split(".")[0] for each in called] == [name]

@@ -11,7 +11,6 @@ from pass_graphs import Build, aten, changes, ops, refusals, run
 from torch import fx
 
 from graphopt import graph as g
-from graphopt.ops.adaptive import adaptive_max_pool2d
 from graphopt.passes import Context, run_passes
 from graphopt.passes.canonicalize import TABLE, Canonicalize
 
@@ -380,11 +379,6 @@ CASES: dict[str, tuple[Callable[[Build], Made], list[str]]] = {
         lambda b: b.call(aten.adaptive_avg_pool2d.default, b.input(1, 3, 7, 5), [3, 2]),
         ["avg_pool2d"],
     ),
-    "adaptive max pool": (
-        lambda b: b.call(adaptive_max_pool2d, b.input(1, 3, 7, 5), [3, 5]),
-        ["max_pool2d"],
-    ),
-    "adaptive max pool to one": (lambda b: b.call(adaptive_max_pool2d, image(b), [1, 1]), ["amax"]),
     "shifts": (
         lambda b: b.call(
             aten.__rshift__.Tensor, b.call(aten.__lshift__.Scalar, whole(b), 2), whole(b)
@@ -571,10 +565,6 @@ REFUSED: dict[str, tuple[Callable[[Build], Made], str]] = {
     "adaptive_avg_pool2d.default": (
         lambda b: b.call(aten.adaptive_avg_pool2d.default, image(b), [4, 1]),
         "adaptive pooling from [6, 5] to [4, 1]: windows differ",
-    ),
-    "graphopt.adaptive_max_pool2d.default": (
-        lambda b: b.call(adaptive_max_pool2d, b.input(1, 3, 3, 5), [4, 5]),
-        "adaptive pooling from [3, 5] to [4, 5]: windows differ",
     ),
     "index_put.default": (
         lambda b: b.call(

@@ -19,8 +19,8 @@ from graphopt.importers.onnx.values import (
     shape,
 )
 from graphopt.importers.onnx.windows import Windows, read_windows
-from graphopt.importers.window_elements import places_in_windows, window_axis
 from graphopt.ops.order import order
+from graphopt.windows import places_in_windows, window_axis
 
 aten = torch.ops.aten
 Pool = Callable[[Context, OnnxNode, Value, Windows], Value]
