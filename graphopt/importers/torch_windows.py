@@ -88,14 +88,15 @@ def _max_pool2d(
 ) -> Any:
     kernel, padding, dilation = _two(kernel_size), _two(padding), _two(dilation)
     step = _two(stride) if stride else kernel
-    if any((k - 1) * d >= n for n, k, d in zip(x.shape[-2:], kernel, dilation, strict=True)):
+    axes = zip(x.shape[-2:], kernel, dilation, strict=True)
+    if any(d > 1 and (k - 1) * d >= size for size, k, d in axes):
         return NotImplemented  # A window might have nothing but padding.
     pooled = torch.max_pool2d(x, kernel, step, padding, dilation, ceil_mode)
-    axes = [
+    elements = [
         window_axis(x.shape[i - 2], pooled.shape[i - 2], kernel[i], (step[i], padding[i], way))
         for i, way in enumerate(dilation)
     ]
-    return pooled, _pooled_places(x, axes)
+    return pooled, _pooled_places(x, elements)
 
 
 def _max_unpool2d(x: Tensor, indices: Tensor, output_size: Sequence[int]) -> Tensor:

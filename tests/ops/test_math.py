@@ -11,6 +11,7 @@ import torch
 
 from graphopt.ops import error_function, power, trigonometry
 from graphopt.ops import math as m
+from graphopt.ops.elementwise import ELEMENTWISE
 from tests.ops.evaluate import ARM64, X86, X86_NO_FMA, Function, Library, function_bodies, lower
 
 Reference = Callable[[torch.Tensor], torch.Tensor]
@@ -96,6 +97,12 @@ def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def _exact(reference: Reference, x: np.ndarray) -> np.ndarray:
     return np.asarray(reference(torch.from_numpy(x.astype(np.float64))))
+
+
+def test_functions_are_known_to_be_heavy() -> None:
+    """Fusion bounds how many of them one kernel computes. A square root is one instruction."""
+    heavy = {op.name for op in ELEMENTWISE if op.name in NAMES and op.heavy}
+    assert heavy == {op.name for op in ELEMENTWISE if op.name in NAMES} - {"rsqrt"}
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
