@@ -11,6 +11,7 @@ from graphopt.graph import shape
 from graphopt.passes._canonical import Handler, Outcome, filled, per_channel
 from graphopt.passes._nodes import aten, rank, results
 from graphopt.passes.rewrite import Editor, Refusal
+from graphopt.windows import even_windows
 
 Arguments = dict[str, Any]
 
@@ -192,7 +193,7 @@ def _pool_3d(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
 
 
 def _adaptive_avg_pool(dims: int) -> Handler:
-    """adaptive_avg_pool → mean where the output is one pixel, avg_pool2d where sizes divide."""
+    """adaptive_avg_pool → mean where the output is one pixel, avg_pool2d for equal windows."""
 
     def handle(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
         x = a["self"]
@@ -200,13 +201,14 @@ def _adaptive_avg_pool(dims: int) -> Handler:
         if all(out == 1 for out in outs):
             axes = list(range(rank(x) - dims, rank(x)))
             return ed.call(aten.mean.dim, x, axes, True)
-        if any(size % out for size, out in zip(sizes, outs, strict=True)):
+        windows = [even_windows(size, out) for size, out in zip(sizes, outs, strict=True)]
+        if None in windows:
             return Refusal(f"adaptive pooling from {list(sizes)} to {list(outs)}: windows differ")
-        kernel = [size // out for size, out in zip(sizes, outs, strict=True)]
+        kernel, stride = (list(part) for part in zip(*filter(None, windows), strict=True))
         if dims == 1:
-            kernel = [1, *kernel]
+            kernel, stride = [1, *kernel], [1, *stride]
             x = ed.call(aten.reshape.default, x, [*shape(x)[:-1], 1, shape(x)[-1]])
-        pooled = ed.call(aten.avg_pool2d.default, x, kernel, kernel, [0, 0], False, True, None)
+        pooled = ed.call(aten.avg_pool2d.default, x, kernel, stride, [0, 0], False, True, None)
         return pooled if dims == 2 else ed.call(aten.reshape.default, pooled, list(shape(node)))
 
     return handle

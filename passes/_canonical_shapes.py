@@ -196,8 +196,10 @@ def _crossed(places: list[tuple[int, torch.Tensor]]) -> bool:
 
 
 def _gathered(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
-    """index_select, gather: only get their `dim` counted from the front."""
+    """index_select, gather: only get their `dim` counted from the front. Scalars have one place."""
     x = a["self"]
+    if not rank(x):
+        return ed.call(aten.expand.default, x, list(shape(node)))
     dim = wrap(a["dim"], rank(x))
     if dim == a["dim"]:
         return None

@@ -20,7 +20,7 @@ PACKAGES = {"graphopt": "graphopt", "graphopt.passes": "passes", "graphopt.backe
 # Each part may import those before it, and itself; a name that is not listed belongs to the parent.
 ORDER = (
     ("graphopt.errors",),
-    ("graphopt.graph", "graphopt.runtime.staging", "graphopt.runtime.loader"),
+    ("graphopt.graph", "graphopt.windows", "graphopt.runtime.staging", "graphopt.runtime.loader"),
     ("graphopt.ops",),
     ("graphopt.importers",),
     ("graphopt.program",),

@@ -13,7 +13,7 @@ from graphopt.backends.kernels.pool import lower_pool
 from graphopt.backends.kernels.recurrent import lower_recurrent
 from graphopt.backends.kernels.resize import lower_resize
 from graphopt.backends.kernels.rows import lower_layer_norm, lower_softmax
-from graphopt.backends.kernels.scan import lower_cumsum
+from graphopt.backends.kernels.scan import lower_scan
 from graphopt.backends.kernels.scatter import lower_scatter
 from graphopt.backends.kernels.transposed import lower_transposed
 
@@ -32,10 +32,13 @@ GENERATORS: dict[str, tuple[Generator, ...]] = {
     "lstm": (lower_recurrent,),
     "gru": (lower_recurrent,),
     "rnn": (lower_recurrent,),
-    "cumsum": (lower_cumsum,),
+    "cumsum": (lower_scan,),
+    "cumprod": (lower_scan,),
     "grid_sample": (lower_grid_sample,),
     "scatter": (lower_scatter,),
+    "scatter_reduce": (lower_scatter,),
     "index_copy": (lower_scatter,),
+    "index_add": (lower_scatter,),
     "order": (lower_order,),
     "max_pool2d": (lower_pool,),
     "avg_pool2d": (lower_pool,),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -184,7 +184,8 @@ def _phases(view: _View, weight: npt.NDArray[Any]) -> tuple[_View, npt.NDArray[A
     so that none is cut; the kernel gets taps of zeros around it.
     """
     spec, stride = view.spec, view.spec.stride
-    if view.window != (1, 1) or spec.groups > 1 or stride == (1, 1) or spec.dilation != (1, 1):
+    is_plain = view.frames is None and spec.groups == 1 and spec.dilation == (1, 1)
+    if stride == (1, 1) or not is_plain:
         return view, weight
 
     def windows(axis: int) -> tuple[int, int, int, int]:

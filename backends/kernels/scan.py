@@ -1,4 +1,4 @@
-"""Running totals along an axis: row by row, or neighbouring strided rows side by side."""
+"""Running sums and products along an axis: row by row, or strided rows side by side."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ from tvm.tirx.script.builder import ir as T
 from graphopt.backends.kernels.base import KernelSource, Request
 from graphopt.backends.kernels.builder import View, loop, only_if, unflatten
 from graphopt.backends.kernels.fusion import Group
+from graphopt.backends.kernels.generic import combine, identity
+from graphopt.ops import OPS
 from graphopt.ops.math import share
 from graphopt.ops.opdef import Expr
 from graphopt.ops.scalar import TIR_NAMES, to_dtype
 
 
-def lower_cumsum(request: Request) -> KernelSource:
-    """`cumsum`; totals of floats are kept in float64, as PyTorch does."""
+def lower_scan(request: Request) -> KernelSource:
+    """`cumsum` and `cumprod`; totals of floats are kept in float64, as PyTorch does."""
+    name = OPS[request.anchor.target].name
+    fold = "prod" if name == "cumprod" else "sum"
     call = request.call
     shape = call.shape or (1,)
     axis = call["dim"] % len(shape)
@@ -47,12 +51,12 @@ def lower_cumsum(request: Request) -> KernelSource:
                 return (*places[:axis], i, *places[axis:], *([other(lane)] if across else []))
 
             with loop(width, kind) as lane:
-                T.buffer_store(total, tirx.const(0, kept), [lane])
+                T.buffer_store(total, identity(fold, kept), [lane])
             with loop(shape[axis]) as i, loop(width, kind) as lane:
                 x = to_dtype(group.read(source, at(i, lane)), call.dtype)
-                sum_ = share(total[lane] + tirx.Cast(kept, x))
-                T.buffer_store(total, sum_, [lane])
-                value = tirx.Cast(stored, sum_)
+                so_far = share(combine(fold, total[lane], tirx.Cast(kept, x)))
+                T.buffer_store(total, so_far, [lane])
+                value = tirx.Cast(stored, so_far)
                 group.give(request.anchor, lambda _: value)
                 out.store(at(i, lane), group.read(request.root, at(i, lane)))
 
@@ -67,4 +71,4 @@ def lower_cumsum(request: Request) -> KernelSource:
             with only_if(number == full if full else None), loop(rest) as column:
                 rows(places, 1, lambda lane: full * lanes + column)
 
-    return KernelSource("cumsum", max(1, prod(counts)), prod(shape), emit, request.reads)
+    return KernelSource(name, max(1, prod(counts)), prod(shape), emit, request.reads)

@@ -1,4 +1,4 @@
-"""Copies of which some elements or slices are replaced, at places known at run time."""
+"""Copies of which elements or slices are replaced or added to, at places known at run time."""
 
 from __future__ import annotations
 
@@ -12,23 +12,35 @@ from graphopt import graph as G
 from graphopt.backends.kernels.base import KernelSource, Request
 from graphopt.backends.kernels.builder import View, each, loop, only_if, unflatten
 from graphopt.backends.kernels.fusion import Group
+from graphopt.backends.kernels.generic import combine
 from graphopt.ops import OPS
 from graphopt.ops.math import share
 from graphopt.ops.opdef import Expr
 from graphopt.ops.scalar import to_dtype
 from graphopt.ops.shape import wrapped
 
+_FOLDS = {"sum": "sum", "prod": "prod", "amax": "max", "amin": "min"}
+
+
+def _fold(request: Request) -> str | None:
+    """How what goes to a place is joined with what is there, None if it replaces it."""
+    name = OPS[request.anchor.target].name
+    if name == "index_add":
+        return "sum"
+    return _FOLDS[request.call["reduce"]] if name == "scatter_reduce" else None
+
 
 def lower_scatter(request: Request) -> KernelSource:
-    """`scatter` and `index_copy`: a task has all places that differ along the axis only.
+    """`scatter`, `index_copy` and their kin: a task has all places that differ along the axis only.
 
-    Of what goes to the same place, the last stays.
+    Of what goes to the same place, the last stays; `scatter_reduce` and `index_add` fold it all.
     """
     call = request.call
     shape = call.shape
     axis = call["dim"] % len(shape)
     index: fx.Node = call["index"]
-    slices = OPS[request.anchor.target].name == "index_copy"
+    slices = OPS[request.anchor.target].name in ("index_copy", "index_add")
+    fold = _fold(request)
     source = call.arguments.get("source", call.arguments.get("src"))
     given = shape if slices else G.shape(index)
     count = G.shape(index)[0] if slices and G.shape(index) else 1 if slices else given[axis]
@@ -40,6 +52,13 @@ def lower_scatter(request: Request) -> KernelSource:
         scratch: Any,
     ) -> None:  # fmt: skip
         before = unflatten(task, outer)
+
+        def change(i: Expr, after: list[Expr], value: Expr) -> None:
+            value = share(to_dtype(value, call.dtype))
+            if fold is not None:
+                # No epilogue has changed what is there: see `partition`.
+                value = share(combine(fold, share(out.load((*before, i, *after))), value))
+            store(i, after, value)
 
         def store(i: Expr, after: list[Expr], value: Expr) -> None:
             place = (*before, i, *after)
@@ -60,8 +79,7 @@ def lower_scatter(request: Request) -> KernelSource:
 
                 def replace(number: Expr) -> None:
                     after = unflatten(number, inner)
-                    value = group.read(source, (*before, k, *after))
-                    store(place, after, to_dtype(value, call.dtype))
+                    change(place, after, group.read(source, (*before, k, *after)))
 
                 each(prod(inner), lanes, replace)
                 return
@@ -70,6 +88,6 @@ def lower_scatter(request: Request) -> KernelSource:
                 at = (*before, k, *after)
                 place = wrapped(group.read(index, at), shape[axis])
                 value = group.read(source, at) if source is not None else call["value"]
-                store(place, after, share(to_dtype(value, call.dtype)))
+                change(place, after, value)
 
     return KernelSource("scatter", max(1, prod(outer)), 2 * prod(shape), emit, request.reads)

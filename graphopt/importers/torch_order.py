@@ -1,4 +1,4 @@
-"""PyTorch's sorting and picking of extremes, broken up into `graphopt::order` and gathers.
+"""PyTorch's sorting, ranks and picking of extremes, broken up into `graphopt::order` and gathers.
 
 Each rule has the arguments of the operator it stands for. What nobody reads of two results, places
 or values, goes away later.
@@ -76,6 +76,75 @@ def _extreme(largest: bool) -> Callable[..., tuple[Tensor, Tensor]]:
     return rule
 
 
+def _ranked(x: Tensor, k: int, dim: int, keepdim: bool) -> Tensor:
+    """The place of the k-th smallest element, counted from 0."""
+    if x.dim() == 0:
+        return first_places(x, 1, dim, False)
+    place = first_places(x, k + 1, dim, False).narrow(dim, k, 1)
+    return place if keepdim else place.squeeze(dim)
+
+
+def _read(x: Tensor, dim: int, place: Tensor, keepdim: bool) -> tuple[Tensor, Tensor]:
+    """The elements at one place along an axis each, and those places."""
+    if x.dim() == 0:
+        return x, place
+    whole = place if keepdim else place.unsqueeze(dim)
+    found = torch.gather(x, dim, whole)
+    return found if keepdim else found.squeeze(dim), place
+
+
+def _kthvalue(x: Tensor, k: int, dim: int = -1, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    return _read(x, dim, _ranked(x, k - 1, dim, keepdim), keepdim)
+
+
+def _median(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    """The lower one of two; of elements with a NaN, the first NaN."""
+    place = _ranked(x, (x.shape[dim] - 1) // 2 if x.dim() else 0, dim, keepdim)
+    if x.is_floating_point():
+        last = _place(x, dim, keepdim, True)
+        place = torch.where(torch.isnan(_read(x, dim, last, keepdim)[0]), last, place)
+    return _read(x, dim, place, keepdim)
+
+
+def _nanmedian(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    """Of those that are no NaN, if there are any."""
+    if not x.is_floating_point() or x.dim() == 0:
+        return _median(x, dim, keepdim)
+    count = torch.sum(x == x, dim, keepdim=True)
+    middle = torch.clamp(count - 1, min=0) // 2
+    place = torch.gather(_all_places(x, dim, False), dim, middle)
+    return _read(x, dim, place if keepdim else place.squeeze(dim), keepdim)
+
+
+def _of_all(rule: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[Tensor], Tensor]:
+    return lambda x: rule(x.reshape(-1), 0)[0]
+
+
+def _bucketize(
+    x: Tensor, boundaries: Tensor, *, out_int32: bool = False, right: bool = False
+) -> Tensor:
+    """How many boundaries are below each number, or if `right`, not above it."""
+    upper = boundaries > x[..., None] if right else boundaries >= x[..., None]
+    kind = torch.int32 if out_int32 else torch.int64
+    return torch.sum(torch.logical_not(upper), -1, dtype=kind)
+
+
+def _searchsorted(
+    boundaries: Tensor,
+    x: Tensor,
+    *,
+    out_int32: bool = False,
+    right: bool = False,
+    side: str | None = None,
+    sorter: Tensor | None = None,
+) -> Any:
+    """Each number among boundaries of its own row, or of the one row there is."""
+    if sorter is not None:
+        return NotImplemented
+    lines = boundaries.unsqueeze(-2) if boundaries.dim() > 1 else boundaries
+    return _bucketize(x, lines, out_int32=out_int32, right=right or side == "right")
+
+
 RULES: dict[Any, Callable[..., Any]] = {
     aten.topk.default: _topk,
     aten.sort.default: _sort,
@@ -84,6 +153,13 @@ RULES: dict[Any, Callable[..., Any]] = {
     aten.argsort.stable: _stable_argsort,
     aten.max.dim: _extreme(True),
     aten.min.dim: _extreme(False),
+    aten.kthvalue.default: _kthvalue,
+    aten.median.default: _of_all(_median),
+    aten.median.dim: _median,
+    aten.nanmedian.default: _of_all(_nanmedian),
+    aten.nanmedian.dim: _nanmedian,
+    aten.bucketize.Tensor: _bucketize,
+    aten.searchsorted.Tensor: _searchsorted,
     aten.argmax.default: _argument(True),
     aten.argmin.default: _argument(False),
 }

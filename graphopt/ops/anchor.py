@@ -32,7 +32,7 @@ def _linear(call: Call) -> str | None:
     return _float_only(call)
 
 
-def _cumsum(call: Call) -> str | None:
+def _scan(call: Call) -> str | None:
     wide = call.dtype in (torch.float32, torch.int32, torch.int64)
     return None if wide else f"totals in {call.dtype} are not supported"
 
@@ -157,7 +157,13 @@ ANCHOR: tuple[OpDef, ...] = (
               _attended((1, 4, 5, 8), (1, 2, 5, 8), enable_gqa=True, scale=0.3),
               _attended((3, 5, 7), (3, 5, 7)),
           )),
-    OpDef("cumsum", (aten.cumsum.default,), Kind.ANCHOR, check=_cumsum, samples=(
+    OpDef("cumsum", (aten.cumsum.default,), Kind.ANCHOR, check=_scan, samples=(
+        *(_random((2, 10, 5), rest=(dim,)) for dim in (0, 1, -1)), _random((9,), rest=(0,)),
+        _random((3, 5, 1), rest=(1,)), _random((), rest=(0,)),
+        Sample(lambda g: (torch.randint(-9, 9, (3, 4), generator=g, dtype=torch.int32), 1)),
+        Sample(lambda g: (torch.randn(3, 4, generator=g) > 0, 1)),
+    )),
+    OpDef("cumprod", (aten.cumprod.default,), Kind.ANCHOR, check=_scan, samples=(
         *(_random((2, 10, 5), rest=(dim,)) for dim in (0, 1, -1)), _random((9,), rest=(0,)),
         _random((3, 5, 1), rest=(1,)), _random((), rest=(0,)),
         Sample(lambda g: (torch.randint(-9, 9, (3, 4), generator=g, dtype=torch.int32), 1)),

@@ -11,6 +11,7 @@ from tvm import tirx
 from tvm_ffi import structural_equal
 
 from graphopt.ops.math import (
+    copy_sign,
     dtype_of,
     equal,
     factor,
@@ -195,6 +196,41 @@ def smaller(a: Expr, b: Expr) -> Expr:
     return tirx.Select(is_nan(a), a, value) if is_float(a) else value
 
 
+def _hypot(call: Call, a: Expr, b: Expr) -> Expr:
+    """√(a² + b²) by way of float64, in which no square is too large; inf beside NaN is inf."""
+    a, b = share(_widened(call, a)), share(_widened(call, b))
+    x, y = share(_float64(a)), share(_float64(b))
+    length = share(tirx.Cast("float32", tirx.sqrt(x * x + y * y)))
+    far = share(larger(tirx.Cast("int8", _is_infinite(a)), tirx.Cast("int8", _is_infinite(b))))
+    return tirx.Select(far == 1, tirx.const(inf, "float32"), length)
+
+
+def _is_infinite(x: Expr) -> Expr:
+    return tirx.abs(x) == tirx.const(inf, "float32")
+
+
+def _copysign(call: Call, a: Expr, b: Expr) -> Expr:
+    return copy_sign(tirx.abs(_widened(call, a)), _widened(call, b))
+
+
+def _widened(call: Call, x: Expr) -> Expr:
+    """An operand in the result's dtype, or the one it is computed in."""
+    return wide(to_dtype(x, call.dtype))
+
+
+def _present(choose: Callable[[Expr, Expr], Expr]) -> Callable[..., Expr]:
+    """Compute `choose`, but of a number and NaN the number."""
+
+    def compute(call: Call, a: Expr, b: Expr) -> Expr:
+        a, b = share(wide(a)), share(wide(b))
+        if not is_float(a):
+            return choose(a, b)
+        missing = share(tirx.Cast("int8", is_nan(b)))
+        return tirx.Select(is_nan(a), b, tirx.Select(missing == 1, a, choose(a, b)))
+
+    return compute
+
+
 def _clamp_tensors(call: Call, x: Expr, *bounds: Expr) -> Expr:
     value = wide(to_dtype(x, call.dtype))
     rest = [wide(to_dtype(bound, call.dtype)) for bound in bounds]
@@ -219,22 +255,6 @@ def _comparison(compare: Callable[[Expr, Expr], Expr], nan: bool | None) -> Call
     return compute
 
 
-def _logic(combine: Callable[[Expr, Expr], Expr]) -> Callable[..., Expr]:
-    def compute(call: Call, a: Expr, b: Expr) -> Expr:
-        return not_equal(combine(truth(a), truth(b)), tirx.const(0, "int8"))
-
-    return compute
-
-
-def _bitwise(combine: Callable[[Expr, Expr], Expr]) -> Callable[..., Expr]:
-    def compute(call: Call, a: Expr, b: Expr) -> Expr:
-        if call.dtype == torch.bool:
-            return not_equal(combine(truth(a), truth(b)), tirx.const(0, "int8"))
-        return combine(a, b)
-
-    return compute
-
-
 def _where(call: Call, condition: Expr, a: Expr, b: Expr) -> Expr:
     a, b = to_dtype(a, call.dtype), to_dtype(b, call.dtype)
     if dtype_of(condition) != "bool":
@@ -249,7 +269,7 @@ def _prelu(call: Call, x: Expr, weight: Expr) -> Expr:
     return tirx.Select(x > tirx.const(0, dtype_of(x)), x, x * weight)
 
 
-def _binary(
+def binary(
     name: str,
     targets: tuple[Any, ...],
     compute: Callable[..., Expr],
@@ -259,6 +279,7 @@ def _binary(
     samples: tuple[Sample, ...] | None = None,
     promote: bool = True,
 ) -> OpDef:
+    """An elementwise operator of two operands; `samples` are the usual pairs unless given."""
     if samples is None:
         samples = pair_samples()
     return OpDef(
@@ -275,10 +296,11 @@ def _binary(
 
 def _compare(name: str, compare: Callable[[Expr, Expr], Expr], nan: bool | None = None) -> OpDef:
     packet = getattr(_aten, name)
-    return _binary(name, (packet.Tensor, packet.Scalar), _comparison(compare, nan))
+    return binary(name, (packet.Tensor, packet.Scalar), _comparison(compare, nan))
 
 
-def _overloads(name: str) -> tuple[Any, ...]:
+def overloads(name: str) -> tuple[Any, ...]:
+    """Its overloads for a second operand that is a tensor or a number."""
     packet = getattr(_aten, name)
     return (packet.Tensor, packet.Scalar)
 
@@ -296,40 +318,27 @@ def _powers(g: torch.Generator) -> tuple[Any, ...]:
     return torch.rand(3, 1, 5, generator=g) * 4, torch.randn(4, 1, generator=g) * 3
 
 
-def _bools(g: torch.Generator) -> tuple[Any, ...]:
-    return torch.randn(3, 1, 5, generator=g) > 0, torch.randn(4, 1, generator=g) > 0
-
-
-def _bytes(g: torch.Generator) -> tuple[Any, ...]:
-    return (
-        torch.randint(-100, 100, (37,), generator=g, dtype=torch.int32),
-        torch.randint(-100, 100, (37,), generator=g, dtype=torch.int32),
-    )
-
-
-_BITS = (Sample(_bools), Sample(_bytes))
-
 BINARY: tuple[OpDef, ...] = (
-    _binary("add", _overloads("add"), _add, samples=_pairs(kwargs={"alpha": 2})),
-    _binary("sub", _overloads("sub"), _sub, samples=(*_pairs(), *_pairs(kwargs={"alpha": 0}))),
-    _binary("rsub", _overloads("rsub"), _rsub, samples=_pairs()),
-    _binary("mul", _overloads("mul"), _mul),
-    _binary(
+    binary("add", overloads("add"), _add, samples=_pairs(kwargs={"alpha": 2})),
+    binary("sub", overloads("sub"), _sub, samples=(*_pairs(), *_pairs(kwargs={"alpha": 0}))),
+    binary("rsub", overloads("rsub"), _rsub, samples=_pairs()),
+    binary("mul", overloads("mul"), _mul),
+    binary(
         "div",
-        (*_overloads("div"), _aten.div.Tensor_mode, _aten.div.Scalar_mode),
+        (*overloads("div"), _aten.div.Tensor_mode, _aten.div.Scalar_mode),
         _div,
         check=_check_div,
         samples=_pairs(nonzero=True),
     ),
-    _binary("fmod", _overloads("fmod"), _fmod, check=refuse_double, samples=_pairs(nonzero=True)),
-    _binary(
+    binary("fmod", overloads("fmod"), _fmod, check=refuse_double, samples=_pairs(nonzero=True)),
+    binary(
         "remainder",
-        _overloads("remainder"),
+        overloads("remainder"),
         _remainder,
         check=refuse_double,
         samples=_pairs(nonzero=True),
     ),
-    _binary(
+    binary(
         "pow",
         (_aten.pow.Tensor_Tensor, _aten.pow.Scalar),
         _pow,
@@ -337,7 +346,7 @@ BINARY: tuple[OpDef, ...] = (
         check=_check_float_pow,
         samples=(Sample(_powers),),
     ),
-    _binary(
+    binary(
         "pow_scalar",
         (_aten.pow.Tensor_Scalar,),
         _pow_scalar,
@@ -348,15 +357,19 @@ BINARY: tuple[OpDef, ...] = (
             for e in (0, 1, 2, 3, -2, 0.5, -0.5, 1.5, 0.3, 11)
         ),
     ),
-    _binary(
+    binary(
         "atan2",
         (_aten.atan2.default,),
-        lambda call, a, b: atan2(wide(to_dtype(a, call.dtype)), wide(to_dtype(b, call.dtype))),
+        lambda call, a, b: atan2(_widened(call, a), _widened(call, b)),
         check=refuse_double,
     ),
-    _binary("maximum", (_aten.maximum.default,), lambda call, a, b: larger(wide(a), wide(b))),
-    _binary("minimum", (_aten.minimum.default,), lambda call, a, b: smaller(wide(a), wide(b))),
-    _binary(
+    binary("hypot", (_aten.hypot.default,), _hypot, check=refuse_double),
+    binary("copysign", overloads("copysign"), _copysign, check=refuse_double),
+    binary("maximum", (_aten.maximum.default,), lambda call, a, b: larger(wide(a), wide(b))),
+    binary("minimum", (_aten.minimum.default,), lambda call, a, b: smaller(wide(a), wide(b))),
+    binary("fmax", (_aten.fmax.default,), _present(larger)),
+    binary("fmin", (_aten.fmin.default,), _present(smaller)),
+    binary(
         "clamp_tensor",
         (_aten.clamp.Tensor, _aten.clamp_min.Tensor, _aten.clamp_max.Tensor),
         _clamp_tensors,
@@ -369,17 +382,7 @@ BINARY: tuple[OpDef, ...] = (
     _compare("le", lambda a, b: a <= b),
     _compare("gt", lambda a, b: a > b),
     _compare("ge", lambda a, b: a >= b),
-    _binary("logical_and", (_aten.logical_and.default,), _logic(lambda a, b: a & b)),
-    _binary("logical_or", (_aten.logical_or.default,), _logic(lambda a, b: a | b)),
-    _binary("logical_xor", (_aten.logical_xor.default,), _logic(lambda a, b: a ^ b)),
-    _binary(
-        "bitwise_and", _overloads("bitwise_and"), _bitwise(lambda a, b: a & b), samples=_BITS
-    ),
-    _binary("bitwise_or", _overloads("bitwise_or"), _bitwise(lambda a, b: a | b), samples=_BITS),
-    _binary(
-        "bitwise_xor", _overloads("bitwise_xor"), _bitwise(lambda a, b: a ^ b), samples=_BITS
-    ),
-    _binary(
+    binary(
         "where",
         (_aten.where.self, _aten.where.ScalarOther, _aten.where.ScalarSelf, _aten.where.Scalar),
         _where,
@@ -387,7 +390,7 @@ BINARY: tuple[OpDef, ...] = (
         promote=False,
         samples=(Sample(_triple),),
     ),
-    _binary(
+    binary(
         "prelu", (_aten._prelu_kernel.default,), _prelu, operands=("self", "weight"),
         samples=(
             Sample(

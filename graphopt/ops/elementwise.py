@@ -11,6 +11,8 @@ from tvm import tirx
 from graphopt.ops import activation, trigonometry
 from graphopt.ops import math as m
 from graphopt.ops.binary import BINARY, larger, smaller
+from graphopt.ops.bitwise import BITWISE
+from graphopt.ops.error_function import erfc
 from graphopt.ops.math import (
     at_least,
     at_most,
@@ -139,6 +141,13 @@ def _isinf(call: Call, x: Expr) -> Expr:
     return equal(tirx.abs(x), tirx.const(float("inf"), dtype_of(x)))
 
 
+def _signbit(call: Call, x: Expr) -> Expr:
+    x = wide(x)
+    if dtype_of(x) == "float64":
+        return tirx.reinterpret("int64", x) < tirx.const(0, "int64")
+    return m.bits(x) < 0 if is_float(x) else x < _zero(x)
+
+
 def _logical_not(call: Call, x: Expr) -> Expr:
     return equal(truth(x), tirx.const(0, "int8"))
 
@@ -210,6 +219,7 @@ UNARY: tuple[OpDef, ...] = (
     _transcendental("rsqrt", m.rsqrt),
     _transcendental("reciprocal", lambda x: const(1.0) / x),
     _transcendental("erf", m.erf),
+    _transcendental("erfc", erfc),
     _transcendental("sin", trigonometry.sin, unary_samples(scale=30.0, special=False)),
     _transcendental("cos", trigonometry.cos, unary_samples(scale=30.0, special=False)),
     _transcendental("tan", trigonometry.tan, unary_samples(special=False)),
@@ -249,6 +259,7 @@ UNARY: tuple[OpDef, ...] = (
     _unary("selu", lambda call, x: _elu(wide(x), *_SELU, 1.0), check=refuse_double),
     _unary("isnan", _isnan, samples=_MIXED),
     _unary("isinf", _isinf, samples=_MIXED),
+    _unary("signbit", _signbit, samples=_MIXED),
     _unary("logical_not", _logical_not, samples=_MIXED),
     _unary("bitwise_not", _bitwise_not, samples=(
         *_INTEGERS, Sample(lambda g: (torch.randn(37, generator=g) > 0,))
@@ -261,6 +272,6 @@ UNARY: tuple[OpDef, ...] = (
     )),
 )  # fmt: skip
 
-ELEMENTWISE: tuple[OpDef, ...] = (*UNARY, *BINARY)
+ELEMENTWISE: tuple[OpDef, ...] = (*UNARY, *BINARY, *BITWISE)
 
 __all__ = ["ELEMENTWISE", "larger", "smaller"]

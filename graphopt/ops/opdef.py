@@ -79,7 +79,8 @@ class Sample:
 
 _HEAVY = frozenset({
     "sigmoid", "tanh", "exp", "log", "log1p", "expm1", "erf", "gelu", "silu", "mish", "elu", "celu",
-    "selu", "softplus", "sin", "cos", "pow", "softmax", "log_softmax",
+    "selu", "softplus", "sin", "cos", "pow", "softmax", "log_softmax", "exp2", "log2", "log10",
+    "erfc", "tan", "asin", "acos", "atan", "atan2", "sinh", "cosh", "asinh", "acosh", "atanh",
 })  # fmt: skip
 
 

@@ -148,54 +148,14 @@ def _avg_pool(call: Call, x: Reader) -> Reduction:
     return Reduction(kernel, element, "sum", finish)
 
 
-def _adaptive_avg_pool(call: Call, x: Reader) -> Reduction:
-    size, out = call.shape_of("self")[-2:], call.shape[-2:]
-    kernel = tuple(
-        max(-(-(i + 1) * n // o) - i * n // o for i in range(o))
-        for n, o in zip(size, out, strict=True)
-    )
-
-    def bounds(index: Index, axis: int) -> tuple[Expr, Expr]:
-        place, n, o = index[axis - 2], size[axis], out[axis]
-        if o == 1:
-            return 0, n
-        return (place * n) // o, ((place + 1) * n + o - 1) // o
-
-    def even(axis: int) -> bool:
-        return size[axis] % out[axis] == 0
-
-    def element(index: Index, box: Index) -> Expr:
-        place: list[Expr] = []
-        inside: list[Expr] = []
-        for axis in range(2):
-            low, high = bounds(index, axis)
-            place.append(low + box[axis])
-            if not even(axis):
-                inside.append(low + box[axis] < high)
-        value = x((*index[:-2], *place))
-        if not inside:
-            return value
-        return tirx.if_then_else(tirx.all(*inside), value, tirx.const(0.0, dtype_of(value)))
-
-    def finish(value: Expr, index: Index) -> Expr:
-        count: Expr = 1
-        for axis in range(2):
-            low, high = bounds(index, axis)
-            count = count * (size[axis] // out[axis] if even(axis) else high - low)
-        if isinstance(count, int):
-            return value * tirx.const(1.0 / count, dtype_of(value))
-        return value / tirx.Cast(dtype_of(value), count)
-
-    return Reduction(kernel, element, "sum", finish)
-
-
 def _full_precision(call: Call) -> str | None:
     if call.dtype == torch.float16:
         return "sums in float16 would lose what PyTorch keeps; cast to float32"
     return None
 
 
-def _pooling(call: Call) -> str | None:
+def pooling(call: Call) -> str | None:
+    """Reason against pooling of anything but images of float32."""
     if call.dtype != torch.float32:
         return f"{call.dtype} is not supported, only float32"
     rank = len(call.shape_of("self"))
@@ -258,22 +218,18 @@ REDUCE: tuple[OpDef, ...] = (
               *(_folded(axis, keep) for axis in (0, 1, -1) for keep in (False, True)),
               *_SCALAR, _folded(shape=(3, 5)), _whole(1), _whole(high=3), _truths(-1),
           )),
-    OpDef("max_pool2d", (aten.max_pool2d.default,), Kind.REDUCTION, _max_pool, check=_pooling,
+    OpDef("max_pool2d", (aten.max_pool2d.default,), Kind.REDUCTION, _max_pool, check=pooling,
           samples=(
               *_POOLS, _pool([2, 3], [2, 1], [1, 1], [2, 1]), _pool([3, 3], [2, 2], [1, 1], [2, 2]),
               _pool([2, 2], [2, 2], 0, 1, True), _pool([3, 3], [2, 2], [1, 1], [1, 1], True),
               _pool([2, 2], [3, 3], 1, 2, True), _NEGATIVE,
           )),
-    OpDef("avg_pool2d", (aten.avg_pool2d.default,), Kind.REDUCTION, _avg_pool, check=_pooling,
+    OpDef("avg_pool2d", (aten.avg_pool2d.default,), Kind.REDUCTION, _avg_pool, check=pooling,
           samples=(
               *_POOLS,
               *(_pool([3, 3], [2, 2], [1, 1], ceil, count) for ceil in (False, True)
                 for count in (False, True)),
               *(_pool([2, 2], [3, 3], [1, 0], True, count) for count in (False, True)),
               _pool([2, 3], [1, 2], 0, False, True, 5), _pool([3, 2], [2, 2], 1, True, False, 7),
-          )),
-    OpDef("adaptive_avg_pool2d", (aten.adaptive_avg_pool2d.default,), Kind.REDUCTION,
-          _adaptive_avg_pool, check=_pooling, samples=tuple(
-              _folded(size) for size in ([1, 1], [5, 7], [2, 3], [3, 1], [7, 9], [1, 7])
           )),
 )  # fmt: skip

@@ -33,6 +33,8 @@ def is_float(x: Expr) -> bool:
 def to_dtype(x: Expr, dtype: torch.dtype) -> Expr:
     """The value (or Python number) as another dtype, converted as PyTorch does."""
     name = TIR_NAMES[dtype]
+    if isinstance(x, int) and not isinstance(x, bool) and not dtype.is_floating_point:
+        x = _in_range(x, dtype)
     if isinstance(x, (bool, int, float)):
         return number(x, name)
     have = dtype_of(x)
@@ -44,6 +46,14 @@ def to_dtype(x: Expr, dtype: torch.dtype) -> Expr:
         # Out of range is undefined for the short conversion; by way of int32 it wraps.
         x = tirx.Cast("int32", x)
     return tirx.Cast(name, x)
+
+
+def _in_range(number: int, dtype: torch.dtype) -> int:
+    """What PyTorch makes of a number in an integer dtype that may be too narrow for it."""
+    if dtype == torch.bool:
+        return int(number != 0)
+    kind = torch.iinfo(dtype)
+    return (number - kind.min) % (1 << kind.bits) + kind.min
 
 
 def truth(x: Expr) -> Expr:

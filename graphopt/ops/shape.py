@@ -115,10 +115,40 @@ def _check_index(call: Call) -> str | None:
     return None
 
 
+def _foldable(call: Call) -> str | None:
+    if call.dtype in (torch.bool, torch.float16):
+        return f"folding {call.dtype} is not supported"
+    if call.arguments.get("alpha", 1) != 1 or not call.arguments.get("include_self", True):
+        return "a factor, or elements that are replaced; canonicalize writes them out"
+    if call.arguments.get("reduce") == "mean":
+        return "a mean; canonicalize writes it out"
+    return None
+
+
 def _flip(call: Call, x: Reader, index: Index) -> Expr:
     axes = [dim % len(index) for dim in call["dims"]]
     size = call.shape
     return x(tuple(size[i] - 1 - at if i in axes else at for i, at in enumerate(index)))
+
+
+def _unfold(call: Call, x: Reader, index: Index) -> Expr:
+    """Windows along an axis, whose elements lie along a new one, the last."""
+    rank = len(call.shape_of("self"))
+    if rank == 0:
+        return x(())
+    dim = call["dimension"] % rank
+    return x((*index[:dim], index[dim] * call["step"] + index[-1], *index[dim + 1 : -1]))
+
+
+def _diagonal(call: Call, x: Reader, index: Index) -> Expr:
+    """Elements with two equal indices, but for an offset; those make one axis, the last."""
+    rank, offset = len(call.shape_of("self")), call["offset"]
+    at = {
+        call["dim1"] % rank: index[-1] + max(-offset, 0),
+        call["dim2"] % rank: index[-1] + max(offset, 0),
+    }
+    rest = iter(index)
+    return x(tuple(at[axis] if axis in at else next(rest) for axis in range(rank)))
 
 
 def _gather(call: Call, x: Reader, indices: Reader, index: Index) -> Expr:
@@ -190,6 +220,12 @@ def _scattered(g: torch.Generator) -> tuple[Any, ...]:
     return torch.randn(3, 4, 5, generator=g), -1, places, torch.randn(2, 4, 4, generator=g)
 
 
+def _repeated(g: torch.Generator) -> tuple[Any, ...]:
+    """Several go to one place; the index is smaller than both."""
+    places = torch.randint(5, (2, 4, 9), generator=g)
+    return torch.randn(3, 4, 5, generator=g), -1, places, torch.randn(2, 4, 9, generator=g)
+
+
 def _rows(count: int, width: int, index: Any, **kwargs: Any) -> Sample:
     places = torch.tensor(index)
     return Sample(lambda g: (torch.randn(count, width, generator=g), places), kwargs, ulp=0)
@@ -254,6 +290,16 @@ SHAPE: tuple[OpDef, ...] = (
     OpDef("flip", (aten.flip.default,), Kind.INJECTIVE, _flip, samples=(
         _image([1]), _image([-1, 0]), _image([]), _small([0, 2]),
     )),
+    OpDef("unfold", (aten.unfold.default, aten.unfold_copy.default), Kind.INJECTIVE, _unfold,
+          samples=(
+              _image(2, 3, 1), _image(-1, 2, 3), _image(1, 10, 1), _image(0, 1, 1, shape=()),
+              _image(0, 4, 2, shape=(9,)), _small(1, 2, 2),
+          )),
+    OpDef("diagonal", (aten.diagonal.default, aten.diagonal_copy.default), Kind.INJECTIVE,
+          _diagonal, samples=(
+              _image(), _image(0, 2, 3), _image(-2, -1, 1), _image(1, 3, 0), _small(0, 1, 2),
+              _image(shape=(4, 4)),
+          )),
     OpDef("gather", (aten.gather.default,), Kind.INJECTIVE, _gather, operands=("self", "index"),
           samples=(
               Sample(_gathered, ulp=0), _image(1, torch.tensor([[[[3, 9]]]])),
@@ -272,6 +318,23 @@ SHAPE: tuple[OpDef, ...] = (
               _image(-1, torch.tensor([3]), torch.ones(2, 10, 5, 1)),
               _image(0, torch.tensor([1, 0]), torch.ones(2, 9), shape=(3, 9)),
               _image(0, torch.tensor(2), torch.ones(1), shape=(3,)),
+          )),
+    OpDef("scatter_reduce", (aten.scatter_reduce.two,), Kind.ANCHOR,
+          operands=("self", "index", "src"), check=_foldable, samples=(
+              *(Sample(_repeated, {"reduce": kind}, ulp=4)
+                for kind in ("sum", "prod", "amax", "amin")),
+              *(_small(1, torch.tensor([[[3], [0], [3]]]), torch.full((1, 3, 1), 4), kind)
+                for kind in ("sum", "prod", "amax", "amin")),
+              Sample(lambda g: (torch.ones(3), 0, torch.tensor([1, 1, 0]),
+                                torch.tensor([float("nan"), 2.0, 3.0]), "amax"), ulp=0),
+          )),
+    OpDef("index_add", (aten.index_add.default,), Kind.ANCHOR,
+          operands=("self", "index", "source"), check=_foldable, samples=(
+              _image(1, torch.tensor([9, 0, 9]), torch.ones(2, 3, 5, 7)),
+              _image(-1, torch.tensor([3]), torch.ones(2, 10, 5, 1)),
+              _image(0, torch.tensor([1, 1, 1]), torch.ones(3, 9), shape=(3, 9)),
+              _image(0, torch.tensor(2), torch.ones(1), shape=(3,)),
+              _small(0, torch.tensor([2, 2]), torch.full((2, 4, 5), 3)),
           )),
     OpDef("embedding", (aten.embedding.default,), Kind.INJECTIVE, _embedding,
           operands=("weight", "indices"), samples=(

@@ -244,6 +244,7 @@ _RULES: dict[str, Rule] = {
     "max_pool2d": _follow,
     "avg_pool2d": _follow,
     "adaptive_avg_pool2d": _follow,
+    "adaptive_max_pool2d": _follow,
     "mean": _mean,
     "sum": _mean,
     "amax": _mean,

@@ -29,6 +29,9 @@ READERS = ("attention",)
 """Anchors that read their operands through permutes and slices instead of waiting for a copy, and
 store their result through permutes."""
 
+_READ_BACK = ("scatter_reduce", "index_add")
+"""Anchors that read what they have stored: it may not be changed on the way."""
+
 HEADS = (Kind.ANCHOR, Kind.REDUCTION)
 
 
@@ -171,6 +174,8 @@ def _may_join(
     if other.anchor is not None:
         if OPS[node.target].name == "permute":
             return OPS[other.anchor.target].name in READERS and _keeps_last_axis(node)
+        if OPS[other.anchor.target].name in _READ_BACK:
+            return False
         # As epilogue: the node works on exactly what the anchor computes, in its iteration order.
         return (
             kind is Kind.ELEMENTWISE

@@ -18,13 +18,15 @@ from graphopt.importers.inputs import convert
 
 # Kinds that torch stores but does not compute with on the CPU.
 HALF_SUPPORTED = (np.uint16, np.uint32, np.uint64)
-# Their expected values count with sizes that are not whole numbers (2 × 0.6); ONNX Runtime, which
-# imports are held to, counts with the real size.
+# Where ONNX Runtime, which imports are held to, does otherwise: the resizes' expected values count
+# with sizes that are not whole numbers (2 × 0.6), it with the real size; the unpooling's places
+# count in another size than the given one, its in that.
 DISPUTED = (
     "test_resize_downsample_scales_linear_align_corners",
     "test_resize_downsample_scales_cubic_align_corners",
+    "test_maxunpool_export_with_output_shape",
 )
-AT_LEAST = 900
+AT_LEAST = 1000
 
 
 def collect():

@@ -137,6 +137,23 @@ def test_logic(op):
     assert_same(one_node(op, {"x": x, "y": y}), {"x": x, "y": y}, 0)
 
 
+@pytest.mark.parametrize("op", ["BitwiseAnd", "BitwiseOr", "BitwiseXor"])
+@pytest.mark.parametrize("kind", [np.int32, np.uint8])
+def test_bits(op, kind):
+    x, y = np.array([[5], [255]], kind), np.array([3, 0, 12], kind)
+    assert_same(one_node(op, {"x": x, "y": y}), {"x": x, "y": y}, 0)
+    assert_same(one_node("BitwiseNot", {"x": x}), {"x": x}, 0)
+
+
+@pytest.mark.parametrize("direction", ["LEFT", "RIGHT"])
+def test_bit_shift(direction):
+    x, y = np.array([[0], [1], [200], [255]], np.uint8), np.arange(8, dtype=np.uint8)
+    assert_same(one_node("BitShift", {"x": x, "y": y}, direction=direction), {"x": x, "y": y}, 0)
+    wide = {"x": x.astype(np.uint32), "y": y.astype(np.uint32)}
+    with pytest.raises(UnsupportedError, match="only 8 bits"):
+        import_model(one_node("BitShift", wide, direction=direction))
+
+
 def test_not_and_where():
     c, x, y = np.array([True, False, True]), floats(3), floats(3, seed=1)
     assert_same(one_node("Not", {"c": c}), {"c": c}, 0)
@@ -468,3 +485,106 @@ def test_scatter_elements(axis):
     places = np.argsort(floats(3, 3, 3, seed=1), axis) - 1
     inputs = {"x": floats(3, 4, 6), "i": places, "u": floats(3, 3, 3, seed=2)}
     assert_same(one_node("ScatterElements", inputs, axis=axis), inputs, 0)
+
+
+FOLDS = ["add", "mul", "max", "min"]
+
+
+@pytest.mark.parametrize("reduction", FOLDS)
+@pytest.mark.parametrize("kind", [np.float32, np.int64])
+@pytest.mark.parametrize("indices", [[[1], [-1], [1]], [[1, -1], [0, 3], [1, -1]]])
+@pytest.mark.parametrize("constant", [True, False])
+def test_scatter_nd_that_folds(reduction, kind, indices, constant):
+    places = np.array(indices, np.int64)
+    rest = (4, 5, 6)[places.shape[1] :]
+    inputs = {"x": (floats(4, 5, 6) * 9).astype(kind), "i": places}
+    inputs["u"] = (floats(3, *rest, seed=2) * 9).astype(kind)
+    constants = {"i": inputs.pop("i")} if constant else {}
+    model = one_node("ScatterND", inputs, constants, order=["x", "i", "u"], reduction=reduction)
+    assert_same(model, inputs, 1e-6)
+
+
+@pytest.mark.parametrize("reduction", FOLDS)
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_scatter_elements_that_folds(reduction, axis):
+    places = np.random.default_rng(0).integers(-3, 3, (3, 3, 7))
+    inputs = {"x": floats(3, 4, 8), "i": places, "u": floats(3, 3, 7, seed=2)}
+    model = one_node("ScatterElements", inputs, axis=axis, reduction=reduction)
+    assert_same(model, inputs, 1e-6)
+
+
+@pytest.mark.parametrize("exclusive", [0, 1])
+@pytest.mark.parametrize("reverse", [0, 1])
+@pytest.mark.parametrize("axis", [0, -1])
+def test_cumulative_sum(exclusive, reverse, axis):
+    attributes = {"exclusive": exclusive, "reverse": reverse}
+    for x in (floats(3, 4), floats(1, 1), np.arange(6, dtype=np.int64).reshape(2, 3)):
+        model = one_node("CumSum", {"x": x}, {"a": np.array(axis, np.int64)}, **attributes)
+        assert_same(model, {"x": x})
+
+
+@pytest.mark.parametrize("exclusive", [0, 1])
+@pytest.mark.parametrize("reverse", [0, 1])
+def test_cumulative_product(exclusive, reverse):
+    """Held to numpy: ONNX Runtime has no such kernel yet."""
+    x = floats(3, 4)
+    constants = {"a": np.array(1, np.int64)}
+    attributes = {"exclusive": exclusive, "reverse": reverse}
+    model = one_node("CumProd", {"x": x}, constants, opset=26, **attributes)
+    ways = x[:, ::-1] if reverse else x
+    if exclusive:
+        ways = np.concatenate([np.ones((3, 1), F), ways[:, :-1]], 1)
+    want = np.cumprod(ways, 1)[:, ::-1] if reverse else np.cumprod(ways, 1)
+    (got,) = import_model(model)(torch.from_numpy(x))
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1, -2])
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.float32])
+@pytest.mark.parametrize("values", [[0, 1], [2.5, -1]])
+def test_one_hot(axis, kind, values):
+    indices = np.array([[0, 3, -1], [-4, 4, -5]], kind)
+    attributes = {} if axis is None else {"axis": axis}
+    constants = {"d": np.array(4, kind), "v": np.array(values, F)}
+    model = one_node("OneHot", {"i": indices}, constants, **attributes)
+    assert_same(model, {"i": indices}, 0)
+
+
+def test_one_hot_of_values_known_at_run_time():
+    inputs = {"i": np.array([2, 0], np.int64), "v": np.array([0.5, 3], F)}
+    model = one_node("OneHot", inputs, {"d": ints(3)}, order=["i", "d", "v"])
+    assert_same(model, inputs, 0)
+
+
+@pytest.mark.parametrize(("time", "batch"), [(0, 1), (1, 0)])
+@pytest.mark.parametrize("constant", [True, False])
+def test_reverse_sequence(time, batch, constant):
+    x = floats(*((5, 4) if time == 0 else (4, 5)), 3)
+    lengths = {"n": ints(1, 5, 3, 2)}
+    inputs = {"x": x} if constant else {"x": x, **lengths}
+    model = one_node(
+        "ReverseSequence", inputs, lengths if constant else {}, time_axis=time, batch_axis=batch
+    )
+    assert_same(model, inputs, 0)
+
+
+REGIONS = [[0, 0, 7, 5], [1.3, 2.1, 9.7, 8.2], [-4, -3, 3, 30], [5, 5, 5.2, 5.1], [20, 20, 30, 30]]
+
+
+@pytest.mark.parametrize("mode", ["avg", "max"])
+@pytest.mark.parametrize("coordinates", [None, "half_pixel", "output_half_pixel"])
+@pytest.mark.parametrize(("ratio", "size", "scale"), [(2, (3, 2), 0.5), (1, (1, 4), 1.0)])
+def test_roi_align(mode, coordinates, ratio, size, scale):
+    attributes = {"mode": mode, "sampling_ratio": ratio, "spatial_scale": scale}
+    attributes |= {"output_height": size[0], "output_width": size[1]}
+    if coordinates:
+        attributes["coordinate_transformation_mode"] = coordinates
+    inputs = {"x": floats(2, 3, 8, 10), "r": np.array(REGIONS, F), "i": ints(0, 1, 1, 0, 1)}
+    for opset in (16,) if coordinates else (10, 16):
+        assert_same(one_node("RoiAlign", inputs, opset=opset, **attributes), inputs, 2e-6)
+
+
+def test_roi_align_whose_samples_depend_on_the_regions():
+    inputs = {"x": floats(1, 3, 8, 10), "r": np.array(REGIONS[:1], F), "i": ints(0)}
+    with pytest.raises(UnsupportedError, match="depends on the regions"):
+        import_model(one_node("RoiAlign", inputs, opset=16))

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from onnx import helper
 
 from graphopt.errors import UnsupportedError
-from tests.importers.onnx_cases import assert_same, floats, ints, one_node
+from tests.importers.onnx_cases import assert_same, floats, graph_model, ints, one_node
 
 SETTINGS = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
@@ -239,3 +240,27 @@ def test_col2im(data):
     constants = {"sizes": ints(*sizes), "kernel": ints(*kernel)}
     model = one_node("Col2Im", {"x": x}, constants, **attributes)
     assert_same(model, {"x": x})
+
+
+@SETTINGS
+@given(st.data(), st.integers(1, 3))
+def test_places_of_the_largest(data, dimensions):
+    sizes, attributes = data.draw(windows(dimensions))
+    # Few values, so that many are equal.
+    x = np.round(floats(2, 3, *sizes) * 2)
+    model = one_node("MaxPool", {"x": x}, outputs=2, **attributes)
+    assert_same(model, {"x": x}, 0)
+
+
+@pytest.mark.parametrize("given_size", [True, False])
+@pytest.mark.parametrize(("shape", "step"), [((1, 2, 6, 8), 2), ((2, 3, 9), 3)])
+def test_unpooling(shape, step, given_size):
+    dimensions = len(shape) - 2
+    attributes = {"kernel_shape": [step] * dimensions, "strides": [step] * dimensions}
+    nodes = [
+        helper.make_node("MaxPool", ["x"], ["v", "i"], **attributes),
+        helper.make_node("MaxUnpool", ["v", "i", *["s"] * given_size], ["y"], **attributes),
+    ]
+    sizes = {"s": ints(*shape[:-1], shape[-1] + 1)} if given_size else {}
+    model = graph_model(nodes, {"x": floats(*shape)}, sizes, ["y"], 18)
+    assert_same(model, {"x": floats(*shape)}, 0)

@@ -48,6 +48,37 @@ def test_all_forms() -> None:
         np.testing.assert_array_equal(result, want.numpy())
 
 
+class Ranks(nn.Module):
+    """Medians, ranks and places among boundaries; e has NaN in three of its rows."""
+
+    def forward(
+        self, x: torch.Tensor, n: torch.Tensor, s: torch.Tensor, e: torch.Tensor
+    ) -> list[torch.Tensor]:
+        rows = x.sort(-1)[0]
+        return [
+            *x.kthvalue(2), *x.kthvalue(3, 1, keepdim=True), *s.kthvalue(1, 0),
+            x.median(), *x.median(1), *x.median(-1, keepdim=True), n.median(), *n.median(0),
+            *s.median(0), e.median(), *e.median(1), e.nanmedian(),
+            *e[:3].nanmedian(-1, keepdim=True),
+            e.nanmedian(0)[0], e.nanmedian(1)[0], *n.nanmedian(1),
+            *(torch.bucketize(y, x[0, 0].sort()[0], right=right, out_int32=right)
+              for y in (x, s, e) for right in (True, False)),
+            torch.searchsorted(rows, x), torch.searchsorted(rows, x, side="right"),
+            torch.searchsorted(rows[0, 0], e),
+        ]  # fmt: skip
+
+
+def test_ranks() -> None:
+    nan = float("nan")
+    e = torch.tensor([[1, 5, 2, 4], [nan, 2, 3, nan], [1, 2, 3, nan], [nan, nan, nan, nan]])
+    args = (*inputs(), e)
+    compiled = graphopt.compile(Ranks().eval(), args)
+    results = compiled(*(x.numpy() for x in args))
+    for number, (have, want) in enumerate(zip(results, Ranks()(*args), strict=True)):
+        np.testing.assert_array_equal(have, want.numpy(), err_msg=f"result {number}")
+        assert have.dtype == want.numpy().dtype
+
+
 def test_ties_keep_their_order() -> None:
     class Ties(nn.Module):
         def forward(self, x: torch.Tensor) -> list[torch.Tensor]:

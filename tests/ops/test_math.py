@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from graphopt.ops import activation, power, trigonometry
+from graphopt.ops import activation, error_function, power, trigonometry
 from graphopt.ops import math as m
+from graphopt.ops.elementwise import ELEMENTWISE
 from tests.ops.evaluate import ARM64, X86, X86_NO_FMA, Function, Library, function_bodies, lower
 
 Reference = Callable[[torch.Tensor], torch.Tensor]
@@ -49,6 +50,7 @@ EXACT: dict[str, tuple[Reference, tuple[float, float], float]] = {
     "softplus": (_softplus, (-87.3, np.inf), 2.5),
     "mish": (lambda x: x * torch.tanh(_softplus(x)), (-80.0, np.inf), 5.0),
     "erf": (torch.erf, (-np.inf, np.inf), 1.5),
+    "erfc": (torch.erfc, (-np.inf, np.inf), 2.0),
     "rsqrt": (torch.rsqrt, (-np.inf, np.inf), 1.5),
 }
 # function, exact value, error per |x| (a share of the input, as both are x times a probability).
@@ -61,7 +63,7 @@ NAMES = (*EXACT, *RELATIVE, *ANGLES, "tan")
 FUNCTIONS = {
     name: Function(getattr(module, name), ("float32",), "float32")
     for name in NAMES
-    for module in (m, activation, trigonometry)
+    for module in (m, activation, error_function, trigonometry)
     if hasattr(module, name)
 }
 EDGES = np.array(
@@ -93,6 +95,12 @@ def _exact(reference: Reference, x: np.ndarray) -> np.ndarray:
     return np.asarray(reference(torch.from_numpy(x.astype(np.float64))))
 
 
+def test_functions_are_known_to_be_heavy() -> None:
+    """Fusion bounds how many of them one kernel computes. A square root is one instruction."""
+    heavy = {op.name for op in ELEMENTWISE if op.name in NAMES and op.heavy}
+    assert heavy == {op.name for op in ELEMENTWISE if op.name in NAMES} - {"rsqrt"}
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("name", EXACT)
 def test_error_in_ulp(library: Library, name: str) -> None:
@@ -108,7 +116,19 @@ def test_error_in_ulp(library: Library, name: str) -> None:
     normal = np.abs(rounded[finite]) >= 2.0**-126
     assert error[normal].max() <= bound
     # Below, results keep their place to 1 (denormal) ulp, where the function says so.
-    if name in ("exp", "exp2", "expm1", "log1p", "tanh", "erf", "atan", "asin", "sinh", "asinh"):
+    if name in (
+        "exp",
+        "exp2",
+        "expm1",
+        "log1p",
+        "tanh",
+        "erf",
+        "erfc",
+        "atan",
+        "asin",
+        "sinh",
+        "asinh",
+    ):
         assert error[~normal].max() <= 1.0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -19,6 +20,14 @@ Made = fx.Node | tuple[fx.Node, ...]
 
 def image(b: Build) -> fx.Node:
     return b.input(2, 4, 6, 5)
+
+
+def places(b: Build, *sizes: int) -> fx.Node:
+    return b.const(torch.arange(math.prod(sizes)).reshape(sizes) % 3)
+
+
+def whole(b: Build) -> fx.Node:
+    return b.input(3, dtype=torch.int32)
 
 
 def weight(b: Build, *sizes: int) -> fx.Node:
@@ -366,6 +375,93 @@ CASES: dict[str, tuple[Callable[[Build], Made], list[str]]] = {
         lambda b: b.call(aten._adaptive_avg_pool2d.default, image(b), [3, 1]),
         ["avg_pool2d"],
     ),
+    "adaptive pool with equal windows that overlap": (
+        lambda b: b.call(aten.adaptive_avg_pool2d.default, b.input(1, 3, 7, 5), [3, 2]),
+        ["avg_pool2d"],
+    ),
+    "shifts": (
+        lambda b: b.call(
+            aten.__rshift__.Tensor, b.call(aten.__lshift__.Scalar, whole(b), 2), whole(b)
+        ),
+        ["bitwise_left_shift", "bitwise_right_shift"],
+    ),
+    "index_add with a factor": (
+        lambda b: b.call(
+            aten.index_add.default, b.input(3, 4), -1, places(b, 2), b.input(3, 2), alpha=2
+        ),
+        ["mul", "index_add"],
+    ),
+    "index_add of neighbours to zeros": (
+        lambda b: b.call(
+            aten.index_add.default,
+            b.const(torch.zeros(2, 3, 4)),
+            1,
+            b.const(torch.tensor([0, 0, 1, 1, 2, 2])),
+            b.input(2, 6, 4),
+        ),
+        ["reshape", "sum"],
+    ),
+    "index_add of other neighbours": (
+        lambda b: b.call(
+            aten.index_add.default,
+            b.const(torch.zeros(2)),
+            0,
+            b.const(torch.tensor([0, 0, 0, 1])),
+            b.input(4),
+        ),
+        ["index_add"],
+    ),
+    "scatter_add": (
+        lambda b: b.call(
+            aten.scatter_add.default, b.input(3, 4), -1, places(b, 2, 3), b.input(2, 3)
+        ),
+        ["scatter_reduce"],
+    ),
+    "scatter of a number that is multiplied": (
+        lambda b: b.call(
+            aten.scatter.value_reduce, b.input(3, 4), 1, places(b, 2, 3), 2.5, reduce="multiply"
+        ),
+        ["expand", "scatter_reduce"],
+    ),
+    "largest of what is scattered": (
+        lambda b: b.call(
+            aten.scatter_reduce.two,
+            b.input(3, 4),
+            1,
+            places(b, 2, 3),
+            b.input(2, 3),
+            "amax",
+            include_self=False,
+        ),
+        ["scatter", "scatter_reduce"],
+    ),
+    "scatter_add to a scalar": (
+        lambda b: b.call(aten.scatter_add.default, b.input(), 0, places(b), b.input()),
+        ["reshape", "reshape", "reshape", "scatter_reduce", "reshape"],
+    ),
+    "gather from a scalar": (
+        lambda b: b.call(aten.gather.default, b.input(), 0, places(b, 1)),
+        ["expand"],
+    ),
+    "mean of what is scattered": (
+        lambda b: b.call(
+            aten.scatter_reduce.two, b.input(3, 4), 1, places(b, 2, 3), b.input(2, 3), "mean"
+        ),
+        ["scatter_reduce", "expand", "expand", "scatter_reduce", "div"],
+    ),
+    "adding to places of two dimensions": (
+        lambda b: b.call(
+            aten.index_put.default,
+            b.input(3, 4, 5),
+            [None, places(b, 2, 1), places(b, 2)],
+            b.input(2, 2),
+            True,
+        ),
+        [
+            *["lt", "add", "where", "mul", "lt", "add", "where", "add", "expand", "reshape"],
+            *["expand", "reshape", "reshape", "index_add", "reshape"],
+        ],
+    ),
     "embedding": (
         lambda b: b.call(aten.embedding.default, weight(b, 5, 3), b.input(2, 4, dtype=I64), 0),
         ["embedding"],
@@ -469,6 +565,21 @@ REFUSED: dict[str, tuple[Callable[[Build], Made], str]] = {
     "adaptive_avg_pool2d.default": (
         lambda b: b.call(aten.adaptive_avg_pool2d.default, image(b), [4, 1]),
         "adaptive pooling from [6, 5] to [4, 1]: windows differ",
+    ),
+    "index_put.default": (
+        lambda b: b.call(
+            aten.index_put.default, b.input(3, 3, 3), [places(b, 2), None, places(b, 2)], b.input(1)
+        ),
+        "places given by tensors for dimensions that are no neighbours",
+    ),
+    "index_put.default, truth values": (
+        lambda b: b.call(
+            aten.index_put.default,
+            b.input(3),
+            [b.const(torch.tensor([True, False, True]))],
+            b.input(1),
+        ),
+        "places that are not integers",
     ),
     "var.correction": (
         lambda b: b.call(aten.var.correction, b.input(1, 3), [0]),

@@ -26,6 +26,8 @@ from graphopt.importers.onnx import (
     recurrent,
     reduce,
     resize,
+    roi,
+    scatter,
     shape,
 )
 from graphopt.importers.onnx.importer import Handler, import_graph
@@ -43,6 +45,8 @@ HANDLERS: dict[str, Handler] = {
     **recurrent.HANDLERS,
     **reduce.HANDLERS,
     **resize.HANDLERS,
+    **roi.HANDLERS,
+    **scatter.HANDLERS,
     **shape.HANDLERS,
 }
 

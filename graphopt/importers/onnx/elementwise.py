@@ -182,6 +182,16 @@ def comparison(target: Any, flipped: Any) -> Handler:
     return handler
 
 
+def bit_shift(ctx: Context, node: OnnxNode) -> Value:
+    """Unsigned integers, to the left or to the right; 0 where all bits are shifted out."""
+    kind = dtype(node.value(0))
+    if kind != torch.uint8:
+        raise Refused(f"its input is {kind}; of unsigned integers only 8 bits are compiled")
+    left = node.get_str("direction", "") == "LEFT"
+    target = aten.bitwise_left_shift.Tensor if left else aten.bitwise_right_shift.Tensor
+    return ctx.op(target, node.value(0), node.value(1))
+
+
 HANDLERS: dict[str, Handler] = {
     "Abs": unary(aten.abs.default),
     "Acos": unary(aten.acos.default),
@@ -192,6 +202,11 @@ HANDLERS: dict[str, Handler] = {
     "Asinh": unary(aten.asinh.default),
     "Atan": unary(aten.atan.default),
     "Atanh": unary(aten.atanh.default),
+    "BitShift": bit_shift,
+    "BitwiseAnd": plain_binary(aten.bitwise_and.Tensor),
+    "BitwiseNot": unary(aten.bitwise_not.default),
+    "BitwiseOr": plain_binary(aten.bitwise_or.Tensor),
+    "BitwiseXor": plain_binary(aten.bitwise_xor.Tensor),
     "Cast": cast,
     "CastLike": cast_like,
     "Ceil": unary(aten.ceil.default),

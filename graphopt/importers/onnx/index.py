@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod
+from typing import Any
 
 import torch
-from torch import fx
 
 from graphopt.importers.onnx.elementwise import to_dtype
-from graphopt.importers.onnx.shape import reshape_to
+from graphopt.importers.onnx.shape import constant_pad, reshape_to
 from graphopt.importers.onnx.values import (
     Context,
     OnnxNode,
     Refused,
     Value,
     axis_of,
+    dtype,
     integers,
     number,
     rank,
@@ -64,7 +65,7 @@ def gather(ctx: Context, node: OnnxNode) -> Value:
             run = ctx.op(aten.slice.Tensor, data, axis, begin, begin + flat.numel())
             return reshape_to(ctx, run, wanted)
         return reshape_to(ctx, ctx.op(aten.index_select.default, data, axis, flat), wanted)
-    places = _wrapped(ctx, indices, size)
+    places = wrapped(ctx, indices, size)
     if axis == 0 and rank(data) == 2:
         return ctx.op(aten.embedding.default, data, places)
     line = reshape_to(ctx, places, [-1]) if rank(places) != 1 else places
@@ -75,7 +76,7 @@ def gather_elements(ctx: Context, node: OnnxNode) -> Value:
     """Single elements along one axis."""
     data, indices = node.value(0), node.value(1)
     axis = axis_of(node.get_int("axis", 0), rank(data))
-    places = _wrapped(ctx, to_dtype(ctx, indices, torch.int64), shape(data)[axis])
+    places = wrapped(ctx, to_dtype(ctx, indices, torch.int64), shape(data)[axis])
     return ctx.op(aten.gather.default, data, axis, places)
 
 
@@ -88,7 +89,7 @@ def gather_nd(ctx: Context, node: OnnxNode) -> Value:
     if not 1 <= depth <= len(sizes) - batch:
         raise Refused(f"{depth} indices into {len(sizes) - batch} dimensions")
     indexed = sizes[batch : batch + depth]
-    flat = _flat_places(ctx, indices, indexed)
+    flat = flat_places(ctx, indices, indexed)
     if batch:
         # The same place in each batch's own part of the memory.
         first = torch.arange(prod(sizes[:batch])) * prod(indexed)
@@ -101,45 +102,7 @@ def gather_nd(ctx: Context, node: OnnxNode) -> Value:
     return reshape_to(ctx, picked, [*many[:-1], *rest])
 
 
-def scatter_nd(ctx: Context, node: OnnxNode) -> Value:
-    """A copy with some elements or slices replaced, at places given by several indices each."""
-    data, indices, updates = (node.value(i) for i in range(3))
-    _refuse_reduction(node)
-    depth, sizes = shape(indices)[-1], shape(data)
-    if not isinstance(data, fx.Node) and not isinstance(indices, fx.Node):
-        if not isinstance(updates, fx.Node):
-            result = data.clone()
-            result[tuple(indices.unbind(-1))] = updates
-            return result
-    elif not 1 <= depth <= len(sizes):
-        raise Refused(f"{depth} indices into {len(sizes)} dimensions")
-    places = _flat_places(ctx, indices, sizes[:depth])
-    rest = sizes[depth:]
-    lines = reshape_to(ctx, data, [prod(sizes[:depth]), *rest])
-    many = prod(shape(indices)[:-1])
-    line = reshape_to(ctx, places, [many])
-    changed = ctx.op(
-        aten.index_copy.default, lines, 0, line, reshape_to(ctx, updates, [many, *rest])
-    )
-    return reshape_to(ctx, changed, sizes)
-
-
-def scatter_elements(ctx: Context, node: OnnxNode) -> Value:
-    """A copy with single elements replaced along one axis."""
-    data, indices, updates = (node.value(i) for i in range(3))
-    _refuse_reduction(node)
-    axis = axis_of(node.get_int("axis", 0), rank(data))
-    places = _wrapped(ctx, to_dtype(ctx, indices, torch.int64), shape(data)[axis])
-    return ctx.op(aten.scatter.src, data, axis, places, updates)
-
-
-def _refuse_reduction(node: OnnxNode) -> None:
-    reduction = node.get_str("reduction", "none")
-    if reduction != "none":
-        raise Refused(f"reduction is {reduction}")
-
-
-def _flat_places(ctx: Context, indices: Value, indexed: Sequence[int]) -> Value:
+def flat_places(ctx: Context, indices: Value, indexed: Sequence[int]) -> Value:
     """The numbers, in flat memory of these dimensions, of places given by several indices each."""
     flat: Value | None = None
     for k, size in enumerate(indexed):
@@ -149,7 +112,7 @@ def _flat_places(ctx: Context, indices: Value, indexed: Sequence[int]) -> Value:
             term: Value = _from_front(one, size).reshape(one.shape) * scale
         else:
             chosen = ctx.op(aten.select.int, indices, -1, k)
-            place = _wrapped(ctx, to_dtype(ctx, chosen, torch.int64), size)
+            place = wrapped(ctx, to_dtype(ctx, chosen, torch.int64), size)
             term = ctx.op(aten.mul.Tensor, place, scale) if scale != 1 else place
         flat = term if flat is None else _sum(ctx, flat, term)
     assert flat is not None
@@ -162,7 +125,8 @@ def _sum(ctx: Context, a: Value, b: Value) -> Value:
     return ctx.op(aten.add.Tensor, a, b)
 
 
-def _wrapped(ctx: Context, indices: Value, size: int) -> Value:
+def wrapped(ctx: Context, indices: Value, size: int) -> Value:
+    """Places of an axis of this size, negative ones counted from the end."""
     negative = ctx.op(aten.lt.Scalar, indices, 0)
     return ctx.op(aten.where.self, negative, ctx.op(aten.add.Tensor, indices, size), indices)
 
@@ -210,26 +174,68 @@ def top_k(ctx: Context, node: OnnxNode) -> tuple[Value, ...]:
     return ctx.op(aten.gather.default, x, axis, places), places
 
 
-def cumulative_sum(ctx: Context, node: OnnxNode) -> Value:
-    """Running totals along a constant axis."""
-    if node.get_int("exclusive", 0) or node.get_int("reverse", 0):
-        raise Refused("exclusive or reverse is set")
+def cumulative(target: Any, neutral: int) -> Callable[[Context, OnnxNode], Value]:
+    """Running sums or products along a constant axis.
+
+    In `reverse` they start at the end; if `exclusive`, they leave out the element at their place.
+    """
+
+    def handler(ctx: Context, node: OnnxNode) -> Value:
+        x = node.value(0)
+        axis = axis_of(int(number(node.value(1), "axis")), rank(x))
+        backwards = node.get_int("reverse", 0)
+        if backwards:
+            x = ctx.op(aten.flip.default, x, [axis])
+        if node.get_int("exclusive", 0):
+            around = [(1, -1) if i == axis else (0, 0) for i in range(rank(x))]
+            x = constant_pad(ctx, x, around, neutral)
+        total = ctx.op(target, x, axis, dtype=dtype(x))
+        return ctx.op(aten.flip.default, total, [axis]) if backwards else total
+
+    return handler
+
+
+def one_hot(ctx: Context, node: OnnxNode) -> Value:
+    """One value at the place along a new axis, another elsewhere, and where it is outside."""
+    indices = to_dtype(ctx, node.value(0), torch.int64)
+    depth = int(number(node.value(1), "depth"))
+    off, on = (ctx.op(aten.select.int, node.value(2), 0, i) for i in (0, 1))
+    axis = axis_of(node.get_int("axis", -1), rank(indices) + 1)
+    sizes = shape(indices)
+    places = reshape_to(ctx, wrapped(ctx, indices, depth), [*sizes[:axis], 1, *sizes[axis:]])
+    numbers = torch.arange(depth).reshape([-1, *[1] * (len(sizes) - axis)])
+    return ctx.op(aten.where.self, ctx.op(aten.eq.Tensor, places, numbers), on, off)
+
+
+def reverse_sequence(ctx: Context, node: OnnxNode) -> Value:
+    """The first elements of each sequence, as many as its length says, in reverse order."""
     x = node.value(0)
-    axis = axis_of(int(number(node.value(1), "axis")), rank(x))
-    dtype = x.meta["val"].dtype if isinstance(x, fx.Node) else x.dtype
-    return ctx.op(aten.cumsum.default, x, axis, dtype=dtype)
+    lengths = to_dtype(ctx, node.value(1), torch.int64)
+    time = axis_of(node.get_int("time_axis", 0), rank(x))
+    batch = axis_of(node.get_int("batch_axis", 1), rank(x))
+
+    def along(axis: int) -> list[int]:
+        return [-1 if i == axis else 1 for i in range(rank(x))]
+
+    numbers = torch.arange(shape(x)[time]).reshape(along(time))
+    ends = reshape_to(ctx, lengths, [shape(x)[batch] if n < 0 else n for n in along(batch)])
+    turned = ctx.op(aten.sub.Tensor, ctx.op(aten.sub.Tensor, ends, 1), numbers)
+    inside = ctx.op(aten.lt.Tensor, numbers, ends)
+    places = ctx.op(aten.where.self, inside, turned, numbers)
+    places = ctx.op(aten.expand.default, places, list(shape(x)))
+    return ctx.op(aten.gather.default, x, time, places)
 
 
 HANDLERS: dict[str, Callable[[Context, OnnxNode], Value | tuple[Value, ...]]] = {
     "ArgMax": arg_extreme(True),
     "ArgMin": arg_extreme(False),
-    "CumSum": cumulative_sum,
+    "CumProd": cumulative(aten.cumprod.default, 1),
+    "CumSum": cumulative(aten.cumsum.default, 0),
     "Gather": gather,
     "GatherElements": gather_elements,
     "GatherND": gather_nd,
-    "Scatter": scatter_elements,
-    "ScatterElements": scatter_elements,
-    "ScatterND": scatter_nd,
+    "OneHot": one_hot,
+    "ReverseSequence": reverse_sequence,
     "Slice": slice_,
     "TopK": top_k,
 }

@@ -1,4 +1,4 @@
-"""ONNX pooling, and the sum of overlapping windows."""
+"""ONNX pooling and unpooling, and the sum of overlapping windows."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from graphopt.importers.onnx.values import (
     shape,
 )
 from graphopt.importers.onnx.windows import Windows, read_windows
+from graphopt.ops.order import order
+from graphopt.windows import places_in_windows, window_axis
 
 aten = torch.ops.aten
 Pool = Callable[[Context, OnnxNode, Value, Windows], Value]
@@ -28,7 +30,6 @@ def spatial(pool: Pool) -> Callable[[Context, OnnxNode], Value]:
     """A handler for two or three spatial axes; one becomes a picture one row high."""
 
     def handler(ctx: Context, node: OnnxNode) -> Value:
-        node.only_first_output()
         x = node.value(0)
         if rank(x) not in (3, 4, 5):
             raise Refused(f"its input has {rank(x)} dimensions, not 3 to 5")
@@ -78,6 +79,61 @@ def max_pool(ctx: Context, node: OnnxNode, x: Value, windows: Windows) -> Value:
         ceil,
     )
     return _checked(result, windows)
+
+
+def max_pool_with_places(ctx: Context, node: OnnxNode) -> tuple[Value, ...]:
+    """`max_pool`, and if they are read the places of the first of the largest elements.
+
+    Places count the elements of the whole input.
+    """
+    pooled = spatial(max_pool)(ctx, node)
+    if not any(node.used[1:]):
+        return (pooled,)
+    x = node.value(0)
+    batch, channels, *sizes = shape(x)
+    windows = read_windows(node, sizes, node.get_ints("kernel_shape") or [])
+    steps = zip(windows.strides, windows.pads, windows.dilations, strict=True)
+    axes = [
+        window_axis(size, count, kernel, (stride, pads[0], dilation))
+        for size, count, kernel, (stride, pads, dilation) in zip(
+            sizes, windows.output, windows.kernel, steps, strict=True
+        )
+    ]
+    places = places_in_windows(axes, sizes)
+    if int(places.min()) < 0 or int(places.max()) >= math.prod(sizes):
+        raise Refused("a window has nothing but padding")
+    count, width = places.shape
+    images = [batch, channels]
+    flat = reshape_to(ctx, x, [*images, math.prod(sizes)])
+    read = ctx.op(aten.index_select.default, flat, 2, places.reshape(-1))
+    best = ctx.op(order, reshape_to(ctx, read, [*images, count, width]), 1, 3, True)
+    line = ctx.op(
+        aten.add.Tensor, reshape_to(ctx, best, [*images, count]), torch.arange(count) * width
+    )
+    chosen = ctx.op(aten.index_select.default, places.reshape(-1), 0, reshape_to(ctx, line, [-1]))
+    first = torch.arange(batch * channels).reshape(batch, channels, 1) * math.prod(sizes)
+    result = ctx.op(aten.add.Tensor, reshape_to(ctx, chosen, [*images, count]), first)
+    return pooled, reshape_to(ctx, result, [*images, *windows.output])
+
+
+def max_unpool(ctx: Context, node: OnnxNode) -> Value:
+    """Zeros, and each element at its place, which counts the elements of the whole result."""
+    x, places = node.value(0), node.value(1)
+    batch, channels, *sizes = shape(x)
+    kernel = node.get_ints("kernel_shape") or []
+    strides = node.get_ints("strides") or [1] * len(kernel)
+    pads = node.get_ints("pads") or [0] * 2 * len(kernel)
+    output = [batch, channels] + [
+        (size - 1) * stride - head - tail + width
+        for size, stride, width, head, tail in zip(
+            sizes, strides, kernel, pads[: len(kernel)], pads[len(kernel) :], strict=True
+        )
+    ]
+    if node.has(2):
+        output = integers(node.value(2), "output's sizes")
+    empty = torch.zeros(math.prod(output), dtype=dtype(x))
+    flat = (reshape_to(ctx, places, [-1]), reshape_to(ctx, x, [-1]))
+    return reshape_to(ctx, ctx.op(aten.scatter.src, empty, 0, *flat), output)
 
 
 def average_pool(ctx: Context, node: OnnxNode, x: Value, windows: Windows) -> Value:
@@ -147,10 +203,11 @@ def col2im(ctx: Context, node: OnnxNode) -> Value:
     return result
 
 
-HANDLERS: dict[str, Callable[[Context, OnnxNode], Value]] = {
+HANDLERS: dict[str, Callable[[Context, OnnxNode], Value | tuple[Value, ...]]] = {
     "AveragePool": spatial(average_pool),
     "Col2Im": col2im,
     "GlobalAveragePool": global_average,
     "GlobalMaxPool": global_max,
-    "MaxPool": spatial(max_pool),
+    "MaxPool": max_pool_with_places,
+    "MaxUnpool": max_unpool,
 }

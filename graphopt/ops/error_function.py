@@ -1,0 +1,44 @@
+"""The complementary error function; see `math` for the habits it follows."""
+
+from __future__ import annotations
+
+from tvm import tirx
+
+from graphopt.ops.math import at_most, bits, const, erf, exp, from_bits, horner, share
+from graphopt.ops.opdef import Expr
+
+_MIDDLE = 3.0
+# erfc(x)·e^(x²) = P((x - 3) / (x + 3)) for 0.45 ≤ x ≤ 10.7.
+_SCALED = (
+    *(0.179001152705, -0.326233570514, 0.245603633503, -0.150115376935),
+    *(0.0716688258307, -0.0243993402244, 0.00424961522618, 0.000737277244175),
+    -0.00054073442261,
+)
+# (e^d - 1) / d.
+_EXPM1_SHORT = (1.0, 1 / 2, 1 / 6, 1 / 24)
+
+
+def _tail(a: Expr) -> Expr:
+    """erfc for 0.45 ≤ a ≤ 10.7."""
+    # As in fdlibm (Sun, 1993): the square of the first 12 bits is exact, and what is left of a² is
+    # small. An error of a² itself would be an error of the result, 100 times as large.
+    head = share(from_bits(bits(a) & tirx.const(-4096, "int32")))
+    rest = share(_double((head - a) * (head + a)))
+    x, middle = share(_double(a)), tirx.const(_MIDDLE, "float64")
+    scaled = share(horner(share((x - middle) / (x + middle)), _SCALED))
+    near = (rest * horner(rest, _EXPM1_SHORT)) * scaled + scaled
+    return tirx.Cast("float32", _double(exp((head * head) * const(-1.0))) * near)
+
+
+def _double(x: Expr) -> Expr:
+    return tirx.Cast("float64", x)
+
+
+def erfc(x: Expr) -> Expr:
+    """1 - erf(x), max 2 ulp; denormal results within 1 of their ulp."""
+    x = share(x)
+    a = share(tirx.abs(x))
+    far = share(_tail(share(tirx.Select(a > const(0.5), at_most(a, 10.7), const(0.5)))))
+    both = tirx.Select(x < const(0.0), const(2.0) - far, far)
+    # NaN takes the way of small values.
+    return tirx.Select(a > const(0.5), both, const(1.0) - erf(x))
