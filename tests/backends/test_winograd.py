@@ -353,6 +353,27 @@ def test_plain_inputs(
     assert origins(program)[0] == "winograd"
 
 
+@pytest.mark.parametrize(
+    ("shape", "kernel", "options"),
+    [
+        ((1, 32, 13, 17), (3, 3), {"groups": 2, "padding": [1, 1], "stride": [2, 2]}),
+        ((2, 16, 15, 12), (3, 3), {"dilation": [2, 2], "padding": [2, 2]}),
+        ((1, 16, 4, 9, 11), (3, 3, 3), {"padding": [0, 1, 1], "stride": [1, 2, 2]}),
+        ((2, 6, 51), (8,), {"padding": [1], "stride": [4]}),
+    ],
+)
+def test_plain_inputs_of_other_convolutions(
+    shape: tuple[int, ...], kernel: tuple[int, ...], options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Groups, dilation and frames, whose windows are no channels, and one dimension."""
+    monkeypatch.setattr(winograd, "direct_cost", lambda *_: float("inf"))
+    b = Builder(len(shape))
+    y = b.conv(b.input(b.random(*shape)), 32, kernel, **options)
+    b.returns(b.conv(b.op(aten.silu.default, y), 4, (1,) * len(kernel)))
+    assert origins(check(b, tolerance=2e-5, threads=2))[0] == "winograd"
+
+
 def test_strides_of_the_resnets() -> None:
     """3×3 with stride 2: faster than direct, but not for eight more megabytes on 7×7."""
     target = get_target("x86-64-v3")
