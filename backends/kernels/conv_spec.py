@@ -53,7 +53,7 @@ class Accessors:
         fence: the intrinsic to put between products and epilogue (`Request.fence`), or empty.
         ahead: whether to ask for the next pixels' inputs, which come from far.
         vector_in: whether neighbouring channels of the input are neighbours in memory.
-        run: channels, from every multiple on, that are, where neighbouring ones are not in general.
+        run: channels, from each multiple of it on, that are neighbours in memory at least.
         row: floats of a vector, where neighbouring pixels of the output are neighbours in memory,
             and worth storing so; else 0.
         out: `(n, channel, row, column)` → the output element, for asking for its cache line.

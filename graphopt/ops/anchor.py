@@ -106,6 +106,15 @@ _RESIZED = (
     ((2, 10, 5, 7), (None, False, [2.0, 1.1])),
 )  # fmt: skip
 
+_SCANNED = (
+    *(_random((2, 10, 5), rest=(dim,)) for dim in (0, 1, -1)),
+    _random((9,), rest=(0,)),
+    _random((3, 5, 1), rest=(1,)),
+    _random((), rest=(0,)),
+    Sample(lambda g: (torch.randint(-9, 9, (3, 4), generator=g, dtype=torch.int32), 1)),
+    Sample(lambda g: (torch.randn(3, 4, generator=g) > 0, 1)),
+)
+
 ANCHOR: tuple[OpDef, ...] = (
     OpDef("convolution", (aten.convolution.default,), Kind.ANCHOR,
           operands=("input", "weight", "bias"), check=_convolution, samples=(
@@ -157,18 +166,8 @@ ANCHOR: tuple[OpDef, ...] = (
               _attended((1, 4, 5, 8), (1, 2, 5, 8), enable_gqa=True, scale=0.3),
               _attended((3, 5, 7), (3, 5, 7)),
           )),
-    OpDef("cumsum", (aten.cumsum.default,), Kind.ANCHOR, check=_scan, samples=(
-        *(_random((2, 10, 5), rest=(dim,)) for dim in (0, 1, -1)), _random((9,), rest=(0,)),
-        _random((3, 5, 1), rest=(1,)), _random((), rest=(0,)),
-        Sample(lambda g: (torch.randint(-9, 9, (3, 4), generator=g, dtype=torch.int32), 1)),
-        Sample(lambda g: (torch.randn(3, 4, generator=g) > 0, 1)),
-    )),
-    OpDef("cumprod", (aten.cumprod.default,), Kind.ANCHOR, check=_scan, samples=(
-        *(_random((2, 10, 5), rest=(dim,)) for dim in (0, 1, -1)), _random((9,), rest=(0,)),
-        _random((3, 5, 1), rest=(1,)), _random((), rest=(0,)),
-        Sample(lambda g: (torch.randint(-9, 9, (3, 4), generator=g, dtype=torch.int32), 1)),
-        Sample(lambda g: (torch.randn(3, 4, generator=g) > 0, 1)),
-    )),
+    OpDef("cumsum", (aten.cumsum.default,), Kind.ANCHOR, check=_scan, samples=_SCANNED),
+    OpDef("cumprod", (aten.cumprod.default,), Kind.ANCHOR, check=_scan, samples=_SCANNED),
     OpDef("grid_sample", (aten.grid_sampler_2d.default,), Kind.ANCHOR, operands=("input", "grid"),
           check=_grid_sample, samples=tuple(
               Sample(lambda g, s=shape, z=size, r=rest: (  # type: ignore[misc]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import copysign, inf
+from math import inf
 from typing import Any
 
 import torch
 from tvm import tirx
 from tvm_ffi import structural_equal
 
+from graphopt.ops.division import check_div, div, fmod, remainder
 from graphopt.ops.math import (
     copy_sign,
     dtype_of,
@@ -26,21 +27,18 @@ from graphopt.ops.opdef import Call, Expr, Kind, OpDef, Sample
 from graphopt.ops.power import pow as power
 from graphopt.ops.power import pow_constant
 from graphopt.ops.scalar import (
+    float64,
     is_float,
     pair_samples,
     refuse_double,
     to_dtype,
     truth,
     wide,
+    widened,
 )
 from graphopt.ops.trigonometry import atan2
 
 _aten = torch.ops.aten
-
-
-def _numbers(call: Call, a: Expr, b: Expr) -> tuple[Expr, Expr]:
-    """Both operands in a dtype that can be computed in: bools as bytes, halves as floats."""
-    return wide(a), wide(b)
 
 
 def _scaled(value: Expr, alpha: Any) -> Expr:
@@ -48,12 +46,12 @@ def _scaled(value: Expr, alpha: Any) -> Expr:
 
 
 def _add(call: Call, a: Expr, b: Expr) -> Expr:
-    a, b = _numbers(call, a, b)
+    a, b = wide(a), wide(b)
     return a + _scaled(b, call["alpha"])
 
 
 def _sub(call: Call, a: Expr, b: Expr) -> Expr:
-    a, b = _numbers(call, a, b)
+    a, b = wide(a), wide(b)
     if is_float(a) and structural_equal(a, b):
         a = hidden(a)  # TVM would answer 0, but of inf it is NaN.
     return a - _scaled(b, call["alpha"])
@@ -64,95 +62,12 @@ def _rsub(call: Call, a: Expr, b: Expr) -> Expr:
 
 
 def _mul(call: Call, a: Expr, b: Expr) -> Expr:
-    a, b = _numbers(call, a, b)
+    a, b = wide(a), wide(b)
     return factor(a) * factor(b)
 
 
-def _quotient(a: Expr, b: Expr) -> Expr:
-    """a / b for floats."""
-    a = factor(a)
-    if isinstance(b, tirx.FloatImm) and b.value == 0:
-        # TVM refuses to divide by 0; this gives the same infinities and NaN.
-        return a * tirx.const(copysign(inf, b.value), dtype_of(b))
-    return a / b
-
-
-def _float64(x: Expr) -> Expr:
-    if isinstance(x, tirx.FloatImm):
-        return tirx.const(x.value, "float64")
-    return tirx.Cast("float64", x)
-
-
-def _div(call: Call, a: Expr, b: Expr) -> Expr:
-    mode = call.arguments.get("rounding_mode")
-    if mode is None:
-        return _quotient(wide(to_dtype(a, call.dtype)), wide(to_dtype(b, call.dtype)))
-    a, b = _numbers(call, a, b)
-    if not is_float(a):
-        a, b = _divisible(a, b)
-        return tirx.floordiv(a, b) if mode == "floor" else tirx.truncdiv(a, b)
-    # In float64 a quotient below 2²⁸ never rounds up to a whole number it is not.
-    quotient = _quotient(_float64(a), _float64(b))
-    return tirx.Cast("float32", (tirx.floor if mode == "floor" else tirx.trunc)(quotient))
-
-
-def _divisible(a: Expr, b: Expr) -> tuple[Expr, Expr]:
-    """Integers with the same quotient and remainder, at which no processor traps.
-
-    Those of x86 do, and end the program, at b = 0, where PyTorch raises: a is divided by 1 then.
-    And at the smallest a / -1, which wraps here as in PyTorch.
-    """
-    if isinstance(b, tirx.IntImm) and b.value not in (0, -1):
-        # Shared: TVM cannot lower a rounded quotient whose numerator it knows to be 0 or 1.
-        return share(a), b
-    dtype = dtype_of(a)
-    one = tirx.const(1, dtype)
-    if dtype.startswith("uint"):
-        return a, share(tirx.Select(b == 0, one, b))
-    a, b = share(a), share(b)
-    negative = b == tirx.const(-1, dtype)
-    divisor = share(tirx.Select(tirx.any(b == tirx.const(0, dtype), negative), one, b))
-    return share(tirx.Select(negative, -a, a)), divisor
-
-
-def _check_div(call: Call) -> str | None:
-    if call.arguments.get("rounding_mode") not in (None, "floor", "trunc"):
-        return f"rounding mode {call['rounding_mode']!r} is unknown"
-    if call.arguments.get("rounding_mode") is not None:
-        return refuse_double(call)
-    return None
-
-
-def _float_fmod(a: Expr, b: Expr) -> Expr:
-    """What is left of a / b rounded to zero; exact for quotients below 2²⁸."""
-    a, b = share(a), share(b)
-    x, y = share(_float64(a)), share(_float64(b))
-    left = share(tirx.trunc(_quotient(x, y))) * factor(y)
-    rest = share(tirx.Cast("float32", x - left))
-    inf = tirx.const(float("inf"), "float32")
-    infinite = tirx.Select(tirx.abs(a) < inf, a, tirx.const(float("nan"), "float32"))
-    return share(tirx.Select(tirx.abs(b) == inf, infinite, rest))
-
-
-def _fmod(call: Call, a: Expr, b: Expr) -> Expr:
-    a, b = _numbers(call, a, b)
-    return _float_fmod(a, b) if is_float(a) else tirx.truncmod(*_divisible(a, b))
-
-
-def _remainder(call: Call, a: Expr, b: Expr) -> Expr:
-    a, b = _numbers(call, a, b)
-    if not is_float(a):
-        return tirx.floormod(*_divisible(a, b))
-    b = share(b)
-    rest = _float_fmod(a, b)
-    zero = tirx.const(0.0, "float32")
-    below = tirx.Select(b < zero, rest, rest + b)
-    above = tirx.Select(b < zero, rest + b, rest)
-    return tirx.Select(rest < zero, below, tirx.Select(rest > zero, above, rest))
-
-
 def _pow(call: Call, a: Expr, b: Expr) -> Expr:
-    return power(wide(to_dtype(a, call.dtype)), wide(to_dtype(b, call.dtype)))
+    return power(widened(call, a), widened(call, b))
 
 
 def _check_float_pow(call: Call) -> str | None:
@@ -198,8 +113,8 @@ def smaller(a: Expr, b: Expr) -> Expr:
 
 def _hypot(call: Call, a: Expr, b: Expr) -> Expr:
     """√(a² + b²) by way of float64, in which no square is too large; inf beside NaN is inf."""
-    a, b = share(_widened(call, a)), share(_widened(call, b))
-    x, y = share(_float64(a)), share(_float64(b))
+    a, b = share(widened(call, a)), share(widened(call, b))
+    x, y = share(float64(a)), share(float64(b))
     length = share(tirx.Cast("float32", tirx.sqrt(x * x + y * y)))
     far = share(larger(tirx.Cast("int8", _is_infinite(a)), tirx.Cast("int8", _is_infinite(b))))
     return tirx.Select(far == 1, tirx.const(inf, "float32"), length)
@@ -210,12 +125,7 @@ def _is_infinite(x: Expr) -> Expr:
 
 
 def _copysign(call: Call, a: Expr, b: Expr) -> Expr:
-    return copy_sign(tirx.abs(_widened(call, a)), _widened(call, b))
-
-
-def _widened(call: Call, x: Expr) -> Expr:
-    """An operand in the result's dtype, or the one it is computed in."""
-    return wide(to_dtype(x, call.dtype))
+    return copy_sign(tirx.abs(widened(call, a)), widened(call, b))
 
 
 def _present(choose: Callable[[Expr, Expr], Expr]) -> Callable[..., Expr]:
@@ -245,7 +155,7 @@ def _comparison(compare: Callable[[Expr, Expr], Expr], nan: bool | None) -> Call
     """Compute a comparison; `nan` says what a value compared with itself gives where it is NaN."""
 
     def compute(call: Call, a: Expr, b: Expr) -> Expr:
-        a, b = _numbers(call, a, b)
+        a, b = wide(a), wide(b)
         # TVM would answer for a number that equals itself; this is how people ask for NaN.
         if nan is not None and is_float(a) and structural_equal(a, b):
             missing = is_nan(a)
@@ -326,15 +236,15 @@ BINARY: tuple[OpDef, ...] = (
     binary(
         "div",
         (*overloads("div"), _aten.div.Tensor_mode, _aten.div.Scalar_mode),
-        _div,
-        check=_check_div,
+        div,
+        check=check_div,
         samples=_pairs(nonzero=True),
     ),
-    binary("fmod", overloads("fmod"), _fmod, check=refuse_double, samples=_pairs(nonzero=True)),
+    binary("fmod", overloads("fmod"), fmod, check=refuse_double, samples=_pairs(nonzero=True)),
     binary(
         "remainder",
         overloads("remainder"),
-        _remainder,
+        remainder,
         check=refuse_double,
         samples=_pairs(nonzero=True),
     ),
@@ -360,7 +270,7 @@ BINARY: tuple[OpDef, ...] = (
     binary(
         "atan2",
         (_aten.atan2.default,),
-        lambda call, a, b: atan2(_widened(call, a), _widened(call, b)),
+        lambda call, a, b: atan2(widened(call, a), widened(call, b)),
         check=refuse_double,
     ),
     binary("hypot", (_aten.hypot.default,), _hypot, check=refuse_double),

@@ -12,7 +12,7 @@ from graphopt.ops import activation, trigonometry
 from graphopt.ops import math as m
 from graphopt.ops.binary import BINARY, larger, smaller
 from graphopt.ops.bitwise import BITWISE
-from graphopt.ops.error_function import erfc
+from graphopt.ops.error_function import erf, erfc
 from graphopt.ops.math import (
     at_least,
     at_most,
@@ -218,7 +218,7 @@ UNARY: tuple[OpDef, ...] = (
     _transcendental("sqrt", tirx.sqrt),
     _transcendental("rsqrt", m.rsqrt),
     _transcendental("reciprocal", lambda x: const(1.0) / x),
-    _transcendental("erf", m.erf),
+    _transcendental("erf", erf),
     _transcendental("erfc", erfc),
     _transcendental("sin", trigonometry.sin, unary_samples(scale=30.0, special=False)),
     _transcendental("cos", trigonometry.cos, unary_samples(scale=30.0, special=False)),

@@ -1,12 +1,32 @@
-"""The complementary error function; see `math` for the habits it follows."""
+"""The error function and its complement; see `math` for the habits it follows."""
 
 from __future__ import annotations
 
 from tvm import tirx
 
-from graphopt.ops.math import at_most, bits, const, erf, exp, from_bits, horner, share
+from graphopt.ops.math import (
+    at_most,
+    bits,
+    const,
+    copy_sign,
+    exp,
+    exp2_finite,
+    from_bits,
+    horner,
+    share,
+)
 from graphopt.ops.opdef import Expr
+from graphopt.ops.scalar import float64
 
+_ERF = (
+    *(0.12837915122509003, -0.37612444162368774, 0.11279930919408798),
+    *(-0.026595590636134148, 0.004435879644006491),
+)
+_ERFC = (
+    *(1.6279646158218384, 0.9180058240890503, 0.14970773458480835, -0.03017890453338623),
+    *(0.002487889723852277, 0.0006252189050428569, -0.00021636414749082178),
+    2.066807064693421e-05,
+)
 _MIDDLE = 3.0
 # erfc(x)·e^(x²) = P((x - 3) / (x + 3)) for 0.45 ≤ x ≤ 10.7.
 _SCALED = (
@@ -23,15 +43,22 @@ def _tail(a: Expr) -> Expr:
     # As in fdlibm (Sun, 1993): the square of the first 12 bits is exact, and what is left of a² is
     # small. An error of a² itself would be an error of the result, 100 times as large.
     head = share(from_bits(bits(a) & tirx.const(-4096, "int32")))
-    rest = share(_double((head - a) * (head + a)))
-    x, middle = share(_double(a)), tirx.const(_MIDDLE, "float64")
+    rest = share(float64((head - a) * (head + a)))
+    x, middle = share(float64(a)), tirx.const(_MIDDLE, "float64")
     scaled = share(horner(share((x - middle) / (x + middle)), _SCALED))
     near = (rest * horner(rest, _EXPM1_SHORT)) * scaled + scaled
-    return tirx.Cast("float32", _double(exp((head * head) * const(-1.0))) * near)
+    return tirx.Cast("float32", float64(exp((head * head) * const(-1.0))) * near)
 
 
-def _double(x: Expr) -> Expr:
-    return tirx.Cast("float64", x)
+def erf(x: Expr) -> Expr:
+    """The error function, max 1.5 ulp."""
+    x = share(x)
+    a = share(tirx.abs(x))
+    t = share(a * a)
+    near = a * horner(t, _ERF) + a
+    c = at_most(a, 3.95)
+    far = const(1.0) - exp2_finite((c * horner(c, _ERFC)) * const(-1.0))
+    return copy_sign(tirx.Select(a < const(0.58), near, far), x)
 
 
 def erfc(x: Expr) -> Expr:

@@ -102,15 +102,6 @@ _LOG = (
     *(0.3333333134651184, -0.2500081956386566, 0.2000124156475067, -0.166234090924263),
     *(0.14201579988002777, -0.13159610331058502, 0.12762212753295898, -0.07636427879333496),
 )
-_ERF = (
-    *(0.12837915122509003, -0.37612444162368774, 0.11279930919408798),
-    *(-0.026595590636134148, 0.004435879644006491),
-)
-_ERFC = (
-    *(1.6279646158218384, 0.9180058240890503, 0.14970773458480835, -0.03017890453338623),
-    *(0.002487889723852277, 0.0006252189050428569, -0.00021636414749082178),
-    2.066807064693421e-05,
-)
 
 
 def const(value: float) -> Expr:
@@ -287,7 +278,7 @@ def _exp2_parts(x: Expr) -> tuple[Expr, Expr]:
     return share(bits(shifted) - _SHIFT_BITS), r * horner(r, _EXP2) + const(1.0)
 
 
-def _exp2(x: Expr) -> Expr:
+def exp2_finite(x: Expr) -> Expr:
     """2 to the x for -126 ≤ x ≤ 127."""
     k, value = _exp2_parts(x)
     return value * _power_of_two(k)
@@ -383,17 +374,6 @@ def tanh(x: Expr) -> Expr:
     x = share(x)
     t = share(_expm1(at_most(tirx.abs(x) * const(2.0), 19.0)))
     return copy_sign(t / (t + const(2.0)), x)
-
-
-def erf(x: Expr) -> Expr:
-    """The error function, max 1.5 ulp."""
-    x = share(x)
-    a = share(tirx.abs(x))
-    t = share(a * a)
-    near = a * horner(t, _ERF) + a
-    c = at_most(a, 3.95)
-    far = const(1.0) - _exp2((c * horner(c, _ERFC)) * const(-1.0))
-    return copy_sign(tirx.Select(a < const(0.58), near, far), x)
 
 
 def rsqrt(x: Expr) -> Expr:

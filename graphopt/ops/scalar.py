@@ -33,10 +33,8 @@ def is_float(x: Expr) -> bool:
 def to_dtype(x: Expr, dtype: torch.dtype) -> Expr:
     """The value (or Python number) as another dtype, converted as PyTorch does."""
     name = TIR_NAMES[dtype]
-    if isinstance(x, int) and not isinstance(x, bool) and not dtype.is_floating_point:
-        x = _in_range(x, dtype)
     if isinstance(x, (bool, int, float)):
-        return number(x, name)
+        return number(bool(x) if name == "bool" else x, name)
     have = dtype_of(x)
     if have == name:
         return x
@@ -46,14 +44,6 @@ def to_dtype(x: Expr, dtype: torch.dtype) -> Expr:
         # Out of range is undefined for the short conversion; by way of int32 it wraps.
         x = tirx.Cast("int32", x)
     return tirx.Cast(name, x)
-
-
-def _in_range(number: int, dtype: torch.dtype) -> int:
-    """What PyTorch makes of a number in an integer dtype that may be too narrow for it."""
-    if dtype == torch.bool:
-        return int(number != 0)
-    kind = torch.iinfo(dtype)
-    return (number - kind.min) % (1 << kind.bits) + kind.min
 
 
 def truth(x: Expr) -> Expr:
@@ -72,6 +62,18 @@ def wide(x: Expr) -> Expr:
     if dtype == "bool":
         return tirx.Cast("int8", x)
     return tirx.Cast("float32", x) if dtype == "float16" else x
+
+
+def widened(call: Call, x: Expr) -> Expr:
+    """An operand in the result's dtype, or the one it is computed in."""
+    return wide(to_dtype(x, call.dtype))
+
+
+def float64(x: Expr) -> Expr:
+    """The value as float64, constants as constants."""
+    if isinstance(x, tirx.FloatImm):
+        return tirx.const(x.value, "float64")
+    return tirx.Cast("float64", x)
 
 
 def refuse_double(call: Call) -> str | None:
