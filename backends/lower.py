@@ -52,14 +52,16 @@ class Lowering:
     """State of one lowering: buffers, kernels and steps so far."""
 
     def __init__(
-        self, gm: fx.GraphModule, target: Target, name: str, winograd: bool, choice: Choice
-    ) -> None:
+        self, gm: fx.GraphModule, target: Target, name: str, winograd: bool, strassen: bool,
+        choice: Choice,
+    ) -> None:  # fmt: skip
         """Nothing is lowered yet."""
         self.gm = gm
         self.choice = choice
         self.target = target
         self.name = name
         self.winograd = winograd
+        self.strassen = strassen
         self.layouts = assign_layouts(gm, target.isa.block, winograd=winograd)
         self.pieces = plan_pieces(gm, self.layouts)
         self.buffers: dict[str, Buffer] = {}
@@ -186,6 +188,7 @@ class Lowering:
             spec=self.spec,
             constant=self.value_of,
             winograd=self.winograd,
+            strassen=self.strassen,
         )
 
     def scalar(self, node: fx.Node) -> bool | int | float | None:
@@ -266,6 +269,7 @@ def lower(
     name: str,
     *,
     winograd: bool = True,
+    strassen: bool = True,
     choice: Choice = by_cost,
 ) -> Program:
     """Lower a verified graph to a Program for a target.
@@ -275,12 +279,13 @@ def lower(
         target: what to build for.
         name: the library's name.
         winograd: whether convolutions may be computed by Winograd's algorithm.
+        strassen: whether matrix products may be computed by Strassen's algorithm.
         choice: chooses where a kernel can be made in several ways.
 
     Raises:
         UnsupportedError: listing every operator without a kernel.
     """
-    state = begin(gm, target, name, winograd, choice)
+    state = begin(gm, target, name, winograd, strassen, choice)
     gm = state.gm
     outputs = list(G.outputs(gm))
     for node, label in zip(G.placeholders(gm), gm.meta["input_names"], strict=True):
@@ -302,13 +307,14 @@ def lower(
 
 
 def begin(
-    gm: fx.GraphModule, target: Target, name: str, winograd: bool = True, choice: Choice = by_cost
-) -> Lowering:
+    gm: fx.GraphModule, target: Target, name: str, winograd: bool = True, strassen: bool = True,
+    choice: Choice = by_cost,
+) -> Lowering:  # fmt: skip
     """The lowering of a copy of the graph, of which nothing is lowered yet; see `lower`."""
     check_supported(gm)
     gm = with_own_outputs(gm)
     write_padding(gm)
-    return Lowering(gm, target, name, winograd, choice)
+    return Lowering(gm, target, name, winograd, strassen, choice)
 
 
 def finish(state: Lowering, outputs: list[str]) -> Program:

@@ -69,7 +69,7 @@ def lower_alone(kernel: TunableKernel, target: Target, name: str) -> Program:
     The kernel runs several times on copies of its weights: inside a model they would have left the
     cache between two runs, and alone they should, too.
     """
-    state = Lowering(kernel.gm, target, "kernel", True, lambda _: name)
+    state = Lowering(kernel.gm, target, "kernel", True, True, lambda _: name)
     for node in state.request(kernel.group).reads:
         if state.value_of(node) is None:
             state.home[node] = state.add_buffer(node.name, state.spec(node), "input")

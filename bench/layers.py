@@ -166,7 +166,7 @@ def build(layer: Layer) -> tuple[fx.GraphModule, str]:
         return b.finish(), "convolution"
     if layer.op == "linear":
         rows, columns = layer.shape
-        x = _fresh(b, rows, columns)
+        x = _fresh(b, 1, rows, columns)
         weight = b.constant(b.random(layer.out, columns) / columns**0.5)
         y = b.op(aten.linear.default, x, weight, b.constant(b.random(layer.out)))
         b.returns(b.op(aten.relu.default, y))

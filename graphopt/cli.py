@@ -119,6 +119,10 @@ def compile_command(
         bool,
         typer.Option(help="Let convolutions use Winograd: faster, but larger weights."),
     ] = True,
+    strassen: Annotated[
+        bool,
+        typer.Option(help="Let matrix products use Strassen: faster, but rounding errors grow."),
+    ] = True,
     tune: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="What `graphopt tune` measured of the kernels."),
@@ -144,6 +148,7 @@ def compile_command(
             threads=threads,
             name=name,
             winograd=winograd,
+            strassen=strassen,
             tune=tune,
             cc=cc,
             progress=progress,

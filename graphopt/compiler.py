@@ -132,6 +132,7 @@ def compile(
     threads: int | None = None,
     name: str = "model",
     winograd: bool = True,
+    strassen: bool = True,
     tune: str | Path | TuningDatabase | None = None,
     cc: CompilerName | None = None,
     progress: Progress | None = None,
@@ -154,6 +155,11 @@ def compile(
             2e-6 of a layer's largest output with kernels of 3×3, 8e-6 with larger ones, where
             direct convolution has 5e-7) and its weights take up to five times the flash, small
             ones with strides up to nine.
+        strassen: whether large products by constant matrices, and pointwise convolutions, may use
+            Strassen's algorithm where it is estimated to be faster: seven products of quarters
+            instead of eight. It rounds differently (error up to about 3e-6 of the largest output
+            of a layer, where direct products have 5e-7), and what is not finite spreads to other
+            outputs of the same sample.
         tune: what `graphopt.tune` measured: a file or a `TuningDatabase`. It decides on algorithms
             and register tiles, before the entries that come with graphopt; where neither knows a
             kernel, the estimate decides.
@@ -188,7 +194,8 @@ def compile(
         with stage("passes"):
             records = run_passes(graph, todo, Context())
         with stage("lower"):
-            program = lower(graph, chosen, name, winograd=winograd, choice=choice)
+            program = lower(graph, chosen, name, winograd=winograd, strassen=strassen,
+                            choice=choice)  # fmt: skip
         with stage("codegen"):
             kernels = compile_kernels(program, chosen)
     report = Report(name, replace(chosen), tuple(records), program, seconds)

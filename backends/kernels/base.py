@@ -32,6 +32,7 @@ class Request:
         spec: how a node's memory looks.
         constant: the value of a constant node, or None.
         winograd: whether Winograd convolution may be used.
+        strassen: whether Strassen's matrix product may be used.
     """
 
     anchor: fx.Node
@@ -42,6 +43,7 @@ class Request:
     spec: Callable[[fx.Node], BufferSpec]
     constant: Callable[[Any], npt.NDArray[Any] | None]
     winograd: bool = True
+    strassen: bool = True
 
     @property
     def call(self) -> Call:

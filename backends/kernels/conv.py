@@ -33,6 +33,7 @@ from graphopt.backends.kernels.conv_product import (
     key_of,
     products,
     winograd_products,
+    with_strassen,
 )
 from graphopt.backends.kernels.conv_spec import Accessors, ConvSpec
 from graphopt.backends.kernels.fusion import Group
@@ -254,7 +255,10 @@ def lower_products(request: Request) -> Alternatives | None:
             for each in found
         ]
 
-    candidates = ways(plan_all(view.spec, target, plain=layouts[0] == PLAIN), view, weight)
+    direct = plan_all(view.spec, target, plain=layouts[0] == PLAIN)
+    if request.strassen and layouts[0] != PLAIN and frames is None:
+        direct = with_strassen(direct, view.spec, target, plain=False)
+    candidates = ways(direct, view, weight)
     patches = _patches(spec) if layouts[0] == PLAIN and frames is None else None
     if patches is not None:
         flat = weight.reshape(len(weight), -1, 1, 1)

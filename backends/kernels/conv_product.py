@@ -1,5 +1,5 @@
 """The ways to convolve with packed weights: `conv_deep`, `conv_direct`, each with its best tiles,
-and `winograd`."""
+`winograd`, and `strassen`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from graphopt.backends.kernels import (
     conv_deep_plan,
     conv_direct,
     conv_direct_plan,
+    strassen,
+    strassen_plan,
     winograd,
     winograd_choice,
 )
@@ -24,6 +26,7 @@ from graphopt.backends.kernels.base import Request
 from graphopt.backends.kernels.conv_deep_plan import DeepPlan
 from graphopt.backends.kernels.conv_direct_plan import ConvPlan
 from graphopt.backends.kernels.conv_spec import Accessors, ConvSpec
+from graphopt.backends.kernels.strassen_plan import StrassenPlan
 from graphopt.backends.kernels.tiling import MOST_PIXELS
 from graphopt.backends.kernels.winograd_plan import WinogradPlan
 from graphopt.backends.target import Target
@@ -111,6 +114,28 @@ def winograd_products(
     return [_winograd(plan, spec.groups, target) for plan in plans], pays
 
 
+def with_strassen(
+    direct: list[Product], spec: ConvSpec, target: Target, *, plain: bool
+) -> list[Product]:
+    """The ways of a pointwise convolution or matrix product, `direct`, and those of `strassen`.
+
+    The latter come first if the best of them pays; there are none where halves are no whole blocks.
+
+    Args:
+        direct: the other ways, the best first.
+        spec: the product; its rows of one image are paired.
+        target: what to build for.
+        plain: whether all channels of a pixel are neighbours in memory, not those of a block only.
+    """
+    isa = target.isa
+    if not strassen_plan.supports(spec, isa.block):
+        return direct
+    plans = strassen_plan.plans(spec, isa, target.l2_bytes, target.cores, plain=plain)
+    found = [_strassen(plan, target) for plan in plans]
+    pays = strassen_plan.pays(plans[0], isa, direct[0].cycles)
+    return [*found, *direct] if pays else [*direct, *found]
+
+
 def _direct(plan: ConvPlan, target: Target, plain: bool) -> Product:
     spec = plan.spec
     weights = 4 * spec.groups * spec.icg * spec.ocg * spec.kernel[0] * spec.kernel[1]
@@ -130,6 +155,17 @@ def _deep(plan: DeepPlan, target: Target) -> Product:
         lambda task, weights, scratch, access: conv_deep.emit(
             plan, task, weights, scratch, access
         ),
+    )  # fmt: skip
+
+
+def _strassen(plan: StrassenPlan, target: Target) -> Product:
+    return Product(
+        plan.describe(), strassen_plan.cost(plan, target.isa), plan.tasks, plan.places["end"] * 4,
+        lambda weight: strassen.pack_weights(weight, plan),
+        lambda task, weights, scratch, access: strassen.emit(
+            plan, task, weights, scratch, access
+        ),
+        own_flops=plan.operations,
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from graphopt.backends.kernels.base import (
     walked_axis,
 )
 from graphopt.backends.kernels.builder import View, unflatten
-from graphopt.backends.kernels.conv_product import Product, key_of, products
+from graphopt.backends.kernels.conv_product import Product, key_of, products, with_strassen
 from graphopt.backends.kernels.conv_spec import Accessors, ConvSpec
 from graphopt.backends.kernels.fusion import Group
 from graphopt.backends.kernels.tiling import MOST_PIXELS, most_apart
@@ -44,11 +44,17 @@ def lower_linear(request: Request) -> Alternatives | None:
     m = prod(call.shape[:-1])
     merged = "merged" if _merges(request) else "apart"
     spec = ConvSpec(1, 1, n_in, n_out, (1, m), (1, m), (1, 1))
+    ways = products(spec, _for_rows(request.target, m), most=_rows(request, n_in))
+    if request.strassen and len(call.shape) > 2 and _is_plain(request):
+        row = (1, prod(call.shape[1:-1]))
+        # Samples, along the first axis, are not to be summed with each other.
+        samples = replace(spec, batch=call.shape[0], in_size=row, out_size=row)
+        ways = with_strassen(ways, samples, request.target, plain=True)
+    taps = matrix.reshape(n_out, n_in, 1, 1)
     candidates = [
-        Candidate(_origin(each), each.cycles,
-                  partial(_product, request, spec, each, matrix.reshape(n_out, n_in, 1, 1)))
-        for each in products(spec, _for_rows(request.target, m), most=_rows(request, n_in))
-    ]  # fmt: skip
+        Candidate(_origin(each), each.cycles, partial(_product, request, spec, each, taps))
+        for each in ways
+    ]
     layouts = [request.spec(node).layout for node in (_source(request), request.root)]
     return Alternatives(key_of("linear", spec, request, *layouts, merged), tuple(candidates))
 
@@ -109,6 +115,7 @@ def _product(
     lead = tuple(range(len(shape) - 1))
     walked = walked_axis(shape, lead) if merge else 0
     m, n_in = spec.out_size[1], spec.icg
+    of_sample = m // shape[0]
 
     def emit(
         task: Expr, views: dict[fx.Node, View], constants: list[Any], out: View, group: Group,
@@ -131,6 +138,7 @@ def _product(
             return x.load((row, c) if plain else (*unflatten(row, shape[:-1]), c))
 
         def store(n: Expr, c: Expr, h: Expr, w: Expr, value: Expr) -> None:
+            w += n * of_sample
             if bias is not None:
                 value = value + group.read(bias, (c,))
             group.give(request.anchor, lambda _: value)
@@ -138,7 +146,7 @@ def _product(
             out.store(place, group.read(request.root, place))
 
         access = Accessors(
-            x=lambda n, c, h, w: load(w, c),
+            x=lambda n, c, h, w: load(n * of_sample + w, c),
             store=store,
             vector=request.spec(request.root).layout == PLAIN,
             padded=False,
@@ -151,4 +159,5 @@ def _product(
     reads = request.reads_without(_weight_node(request))
     return KernelSource(_origin(product), product.tasks, spec.flops, emit, reads,
                         (product.pack(weight),), scratch=product.scratch,
-                        in_place=same_place(request, taken=[source]))  # fmt: skip
+                        in_place=same_place(request, taken=[source]),
+                        own_flops=product.own_flops)  # fmt: skip
