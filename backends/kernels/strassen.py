@@ -8,16 +8,16 @@ order in which they are computed, and the quarters of the result:
     P2 = A12 · B21
     P6 = S2 · T2                        S1 = A21 + A22      T1 = B12 - B11
     P7 = (A11 - A21) · (T2 - B11)       S2 = S1 - A11       T2 = B22 - T1
-    P5 = S1 · T1                        C22 = (P1 + P6 + P7) + P5
-    P3 = (A12 - S2) · (T2 + T1)         C12 = (P1 + P6 + P5) + P3
+    P5 = -S1 · -T1                      C22 = (P1 + P6 + P7) + P5
+    P3 = (A12 - S2) · (T2 - (-T1))      C12 = (P1 + P6 + P5) + P3
     P4 = A22 · (B21 - T2)               C21 = (P1 + P6 + P7) + P4
 
 Upper and lower rows are the two halves of an image's pixels or of a sequence, never of different
 samples. A task sums the left factors of a block of pairs of rows in scratch. Then, for each
 register tile of columns, it multiplies them by the right factors, of which four are kept as weights
-and three are summed by the register tiles that use them first. Register tiles begin with what their
-products are added to (Huang, Smith, Henry and van de Geijn, "Strassen's Algorithm Reloaded", 2016),
-so that sums and stores wait behind multiply-adds.
+and three are differences that the register tiles take that use them first. Register tiles begin
+with what their products are added to (Huang, Smith, Henry and van de Geijn, "Strassen's Algorithm
+Reloaded", 2016), so that sums and stores wait behind multiply-adds.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ from graphopt.backends.kernels.builder import (
     f32,
     fence,
     loop,
-    only_if,
     prefetch,
     scratch_parts,
     unflatten,
@@ -51,37 +50,50 @@ from graphopt.backends.kernels.tiling import LINE, split
 from graphopt.ops.math import share
 from graphopt.ops.opdef import Expr
 
+_NONE = -1
+_B11, _B21, _T2, _MINUS_T1 = range(KEPT)
+
 
 @dataclass(frozen=True)
 class _Step:
     """One of the products.
 
     Attributes:
-        number: its place in the order, and that of its left factor.
-        right: what its right factor is the sum of: factors that are kept, and their signs.
-        start: the partial sum that it is added to, or None.
-        keep: the partial sum that this makes, or None.
-        quarter: row and column of the quarter of the result that is complete then, or None.
+        right: its factor of weights, or what it is taken from.
+        less: the factor of weights that is taken from that.
+        start: the partial sum that it is added to.
+        keep: the partial sum that this makes.
+        row, column: of the quarter of the result that is complete then.
     """
 
-    number: int
-    right: tuple[tuple[int, int], ...]
-    start: int | None = None
-    keep: int | None = None
-    quarter: tuple[int, int] | None = None
+    right: int
+    less: int = _NONE
+    start: int = _NONE
+    keep: int = _NONE
+    row: int = _NONE
+    column: int = _NONE
 
 
-_B11, _B21, _T1, _T2 = range(KEPT)
+_BOTH = 4
+"""The product that two partial sums want: the first one keeps it, the second one is complete."""
 _STEPS = (
-    _Step(0, ((_B11, 1),), keep=0),
-    _Step(1, ((_B21, 1),), start=0, quarter=(0, 0)),
-    _Step(2, ((_T2, 1),), start=0, keep=0),
-    _Step(3, ((_T2, 1), (_B11, -1)), start=0, keep=1),
-    # The one that two partial sums want: the first one keeps it, the other one is complete.
-    _Step(4, ((_T1, 1),), keep=0, quarter=(1, 1)),
-    _Step(5, ((_T2, 1), (_T1, 1)), start=0, quarter=(0, 1)),
-    _Step(6, ((_B21, 1), (_T2, -1)), start=1, quarter=(1, 0)),
+    _Step(_B11, keep=0),
+    _Step(_B21, start=0, row=0, column=0),
+    _Step(_T2, start=0, keep=0),
+    _Step(_T2, less=_B11, start=0, keep=1),
+    _Step(_MINUS_T1, row=1, column=1),
+    _Step(_T2, less=_MINUS_T1, start=0, row=0, column=1),
+    _Step(_B21, less=_T2, start=1, row=1, column=0),
 )
+
+
+def _of(step: Expr, name: str) -> Expr:
+    """What the table says of a step."""
+    *others, last = (getattr(each, name) for each in _STEPS)
+    value = tirx.const(last, "int32")
+    for number, other in reversed(list(enumerate(others))):
+        value = tirx.Select(step == number, tirx.const(other, "int32"), value)
+    return share(value)
 
 
 def pack_weights(weight: npt.NDArray[Any], plan: StrassenPlan) -> npt.NDArray[np.float32]:
@@ -92,7 +104,7 @@ def pack_weights(weight: npt.NDArray[Any], plan: StrassenPlan) -> npt.NDArray[np
     matrix = weight.reshape(weight.shape[:2]).T.astype(np.float64)
     (b11, b12), (b21, b22) = (np.split(half, 2, axis=1) for half in np.split(matrix, 2))
     t1 = b12 - b11
-    factors = np.stack([b11, b21, t1, b22 - t1])
+    factors = np.stack([b11, b21, b22 - t1, -t1])
     whole = np.zeros((KEPT, plan.half_depth, plan.groups * plan.group, plan.width), np.float32)
     first = 0
     for t in range(plan.channels.count):
@@ -111,20 +123,30 @@ def emit(plan: StrassenPlan, task: Expr, weights: Any, scratch: Any, access: Acc
 
 @dataclass(frozen=True)
 class _Tile:
-    """A register tile of channels in one part of the depth.
+    """A register tile of channels in one part of the depth, and one of its products.
 
     Attributes:
         part: the part's number.
-        channel_block: its first block of output channels, in the left half.
-        origin: where its factors of weights begin.
-        quarters: where its quarters of the result wait.
+        step: the product's number, and that of its left factor.
+        right, less, start, keep, row: what the table says of it.
+        origin: where the tile's factors of weights begin.
+        quarter: where the quarter of the result waits that is complete then.
+        pixel: that quarter's first pixel of the task's block.
+        channel_block: that quarter's first block of output channels.
         vectors: its blocks.
     """
 
     part: Expr
-    channel_block: Expr
+    step: Expr
+    right: Expr
+    less: Expr
+    start: Expr
+    keep: Expr
+    row: Expr
     origin: Expr
-    quarters: Expr
+    quarter: Expr
+    pixel: Expr
+    channel_block: Expr
     vectors: int
 
 
@@ -163,17 +185,7 @@ class _Task:
                 tiles = tirx.min(tiles, channels.count - self.group * plan.group)
             with loop(tiles) as t:
                 number = self.group * plan.group + t
-                panel = (self.group * plan.parts + part) * plan.group + t
-                origin = share(panel * (KEPT * plan.panel))
-                quarters = t * (4 * plan.sums) if plan.parts > 1 else 0
-
-                def steps(
-                    first: Expr, vectors: int,
-                    part: Expr = part, origin: Expr = origin, quarters: Expr = quarters,
-                ) -> None:  # fmt: skip
-                    for step in _STEPS:
-                        self._step(_Tile(part, first, origin, quarters, vectors), step)
-
+                steps = partial(self._steps, part, t)
                 if channels.large == channels.count:
                     steps(number * channels.size, channels.size)
                 else:
@@ -184,13 +196,13 @@ class _Task:
                             behind = number * channels.size - (number - channels.large)
                             steps(behind, channels.size - 1)
 
-    def _input(self, number: int, pair: Expr, channel: Expr, lane: Expr) -> Expr:
+    def _input(self, number: Expr, pair: Expr, channel: Expr, lane: Expr) -> Expr:
         """Where an element of a left factor is; `channel` and `lane` are of one block."""
         plan, size = self.plan, self.plan.block
         if plan.plain:
-            return (number * plan.pairs.size + pair) * plan.row + channel + lane
-        block = number * (plan.depth // size) + channel // size
-        return (block * plan.pairs.size + pair) * size + channel % size + lane
+            return number * plan.factor + pair * plan.row + channel + lane
+        place = (channel // size * plan.pairs.size + pair) * size + channel % size
+        return number * plan.factor + place + lane
 
     def _sum_inputs(self, part: Expr) -> None:
         """The left factors of the part, of all pairs of the block."""
@@ -212,7 +224,7 @@ class _Task:
                 a11, a12, a21, a22 = (quarters[i * size + lane] for i in range(4))
                 s1 = a21 + a22
                 s2 = s1 - a11
-                for number, value in enumerate((a11, a12, s2, a11 - a21, s1, a12 - s2, a22)):
+                for number, value in enumerate((a11, a12, s2, a11 - a21, -s1, a12 - s2, a22)):
                     place = self._input(number, pair, block * size, lane)
                     T.buffer_store(self.inputs, value, [place])
 
@@ -224,50 +236,73 @@ class _Task:
             with loop(plan.depth // size) as block, T.serial(0, self.count) as pair:
                 one(pair, block)
 
-    def _step(self, tile: _Tile, step: _Step) -> None:
+    def _steps(self, part: Expr, t: Expr, channel_block: Expr, vectors: int) -> None:
+        """All products of one channel tile in the part, one code for all of them."""
+        plan = self.plan
+        panel = (self.group * plan.parts + part) * plan.group + t
+        origin = share(panel * (KEPT * plan.panel))
+        with T.serial(0, len(_STEPS)) as step:
+            row, column = _of(step, "row"), _of(step, "column")
+            quarter = 2 * row + column + (4 * t if plan.parts > 1 else 0)
+            behind = column * (plan.half_channels // plan.block)
+            self._step(
+                _Tile(
+                    part, step, _of(step, "right"), _of(step, "less"), _of(step, "start"),
+                    _of(step, "keep"), row, origin, share(quarter * plan.sums),
+                    share(self.first + row * plan.upper), share(channel_block + behind), vectors,
+                )
+            )  # fmt: skip
+
+    def _step(self, tile: _Tile) -> None:
         """One product of all pairs of the block by one channel tile."""
+        with T.If(tile.less < 0):
+            with T.Then():
+                self._pairs(tile, forms=False)
+            with T.Else():
+                self._pairs(tile, forms=True)
+        if self.waits:
+            last = self.plan.parts - 1
+            with T.If(tirx.all(tile.row >= 0, tile.part == last)), T.Then():
+                self._finish_later(tile)
+
+    def _pairs(self, tile: _Tile, forms: bool) -> None:
         pairs = self.plan.pairs
         if pairs.large == pairs.count:
-            self._rows(tile, step, pairs.size)
-        else:
-            with T.If(self.count == pairs.size):
-                with T.Then():
-                    self._rows(tile, step, pairs.size)
-                with T.Else():
-                    self._rows(tile, step, pairs.size - 1)
-        if step.quarter is not None and self.waits:
-            with self._in_last_part(tile):
-                self._finish_later(tile, step.quarter)
+            self._cut(tile, pairs.size, forms)
+            return
+        with T.If(self.count == pairs.size):
+            with T.Then():
+                self._cut(tile, pairs.size, forms)
+            with T.Else():
+                self._cut(tile, pairs.size - 1, forms)
 
-    def _rows(self, tile: _Tile, step: _Step, total: int) -> None:
+    def _cut(self, tile: _Tile, total: int, forms: bool) -> None:
+        """The register tiles of so many pairs, of which the first one forms the right factor."""
         pieces = split(total, self.plan.pixels)
+        factor = (self.formed, 0) if forms else (self.weights, self._factor(tile, tile.right))
         for pixels, start, before, count in pieces.kinds():
-            # Overlapped with the first tile's products, sums of weights cost little: on their own
-            # they took 5 % of 128×768 by 768×768.
-            forms = int(len(step.right) > 1 and not before)
-            if forms:
-                self._product(tile, step, _Rows(start, pixels, 0, pieces.count), forms=True)
-            if count > forms:
-                with loop(count - forms) as i:
-                    at = i + forms
+            # Overlapped with products, differences of weights cost little: on their own they took
+            # 5 % of 128×768 by 768×768.
+            forming = int(forms and not before)
+            if forming:
+                self._product(tile, factor, _Rows(start, pixels, 0, pieces.count), forming=True)
+            if count > forming:
+                with loop(count - forming) as i:
+                    at = i + forming
                     rows = _Rows(start + at * pixels, pixels, before + at, pieces.count)
-                    self._product(tile, step, rows)
+                    self._product(tile, factor, rows)
 
-    def _form(self, tile: _Tile, step: _Step, channel: Expr) -> None:
-        """A row of a factor of weights that is not kept, from two that are."""
-        plan = self.plan
-        (a, _), (b, sign) = step.right
-        for first, count in vectors_of(tile.vectors * plan.block, plan.wide):
-            with T.vectorized(0, count) as lane:
-                place = channel * plan.width + first + lane
-                left = self.weights[tile.origin + a * plan.panel + place]
-                right = self.weights[tile.origin + b * plan.panel + place]
-                T.buffer_store(self.formed, left + right if sign > 0 else left - right, [place])
+    def _factor(self, tile: _Tile, number: Expr) -> Expr:
+        """Where a factor of weights begins that is kept."""
+        return share(tile.origin + number * self.plan.panel)
 
-    def _product(self, tile: _Tile, step: _Step, rows: _Rows, forms: bool = False) -> None:
+    def _product(
+        self, tile: _Tile, factor: tuple[Any, Expr], rows: _Rows, *, forming: bool = False
+    ) -> None:
         """One register tile of one product, from what it is added to, to what that makes.
 
-        `forms` says that it sums its factor of weights, too.
+        `factor` is the buffer of its right factor, and where that begins; `forming` says to write
+        it first.
         """
         plan = self.plan
         width = tile.vectors * plan.block
@@ -281,53 +316,60 @@ class _Task:
                         at = (rows.first + p) * plan.width + start + lane
                         body(p * width + start + lane, at)
 
-        def partial_sum(number: int, at: Expr) -> Expr:
-            return self.partial[number * plan.sums + at]
-
-        def begin(slot: Expr, at: Expr) -> None:
-            value = f32(0.0) if step.start is None else partial_sum(step.start, at)
+        def put(value: Expr, slot: Expr) -> None:
             T.buffer_store(acc, value, [slot])
 
-        def keep(number: int, slot: Expr, at: Expr) -> None:
-            T.buffer_store(self.partial, acc[slot], [number * plan.sums + at])
-
         def add_to_both(slot: Expr, at: Expr) -> None:
-            T.buffer_store(self.partial, partial_sum(0, at) + acc[slot], [at])
-            T.buffer_store(acc, partial_sum(1, at) + acc[slot], [slot])
+            T.buffer_store(self.partial, self.partial[at] + acc[slot], [at])
+            put(self.partial[plan.sums + at] + acc[slot], slot)
 
-        each_slot(begin)
-        self._multiply(tile, step, acc, rows, forms)
-        if step.keep is not None:
-            if step.quarter is not None:
-                each_slot(add_to_both)
-            else:
-                each_slot(partial(keep, step.keep))
-        if step.quarter is not None:
-            self._end(tile, step.quarter, acc, rows, each_slot)
+        start, keep = share(tile.start * plan.sums), share(tile.keep * plan.sums)
+        with T.If(tile.start < 0):
+            with T.Then():
+                each_slot(lambda slot, at: put(f32(0.0), slot))
+            with T.Else():
+                each_slot(lambda slot, at: put(self.partial[start + at], slot))
+        self._multiply(tile, factor, acc, rows, forming)
+        with T.If(tile.keep >= 0), T.Then():
+            each_slot(lambda slot, at: T.buffer_store(self.partial, acc[slot], [keep + at]))
+        with T.If(tile.row >= 0), T.Then():
+            if not forming:
+                with T.If(tile.step == _BOTH), T.Then():
+                    each_slot(add_to_both)
+            self._end(tile, acc, rows, each_slot)
 
-    def _multiply(self, tile: _Tile, step: _Step, acc: Any, rows: _Rows, forms: bool) -> None:
+    def _multiply(
+        self, tile: _Tile, factor: tuple[Any, Expr], acc: Any, rows: _Rows, forming: bool
+    ) -> None:
         """The products; meanwhile their share of the next tile's weights is asked for."""
         plan = self.plan
-        width, pixels = tile.vectors * plan.block, range(rows.count)
-        if len(step.right) > 1:
-            weights, origin = self.formed, tirx.const(0, "int32")
-        else:
-            weights, origin = self.weights, share(tile.origin + step.right[0][0] * plan.panel)
+        width, pixels, (weights, origin) = tile.vectors * plan.block, range(rows.count), factor
         turns = plan.depth // QUAD
         lines = KEPT * plan.panel // LINE // len(_STEPS)
         each = -(-lines // (rows.pieces * turns))
-        asked = tile.origin + KEPT * plan.panel + (step.number * lines) * LINE
+        ahead = share(tile.origin + KEPT * plan.panel + (tile.step * lines) * LINE)
+        if forming:
+            left, right = (self._factor(tile, number) for number in (tile.right, tile.less))
+
+        def form(channel: Expr) -> None:
+            for first, count in vectors_of(width, plan.wide):
+                with T.vectorized(0, count) as lane:
+                    at = channel * plan.width + first + lane
+                    T.buffer_store(
+                        weights, self.weights[left + at] - self.weights[right + at], [at]
+                    )
 
         def x(channel: Expr, p: int, lane: Expr) -> Expr:
-            return self.inputs[self._input(step.number, rows.first + p, channel, lane)]
+            return self.inputs[self._input(tile.step, rows.first + p, channel, lane)]
 
         with loop(turns) as turn:
             for line in range(each):
-                prefetch(self.weights[asked + ((rows.piece * turns + turn) * each + line) * LINE])
+                line += (rows.piece * turns + turn) * each
+                prefetch(self.weights[ahead + line * LINE])
             channel = turn * QUAD
-            if forms:
+            if forming:
                 for c in range(QUAD):
-                    self._form(tile, step, channel + c)
+                    form(channel + c)
             row = origin + channel * plan.width
             if plan.by_lane:
                 # As in `conv_direct`: LLVM would load two fours at once, and spill.
@@ -339,24 +381,18 @@ class _Task:
                     multiply(acc, weights, row + c * plan.width, width, plan.wide, pixels,
                              partial(x, channel, lane=c), plan.in_place)  # fmt: skip
 
-    def _place(self, tile: _Tile, quarter: tuple[int, int]) -> Expr:
-        """Where a quarter of the result waits."""
-        lower, behind = quarter
-        return tile.quarters + (2 * lower + behind) * self.plan.sums
-
     def _end(
-        self, tile: _Tile, quarter: tuple[int, int], acc: Any, rows: _Rows,
+        self, tile: _Tile, acc: Any, rows: _Rows,
         each_slot: Callable[[Callable[[Expr, Expr], None]], None],
     ) -> None:  # fmt: skip
         """A register tile of a quarter of the result: added to that of the parts before, and kept
         for the next one or for a long epilogue, or stored."""
-        origin = self._place(tile, quarter)
 
         def add(slot: Expr, at: Expr) -> None:
-            T.buffer_store(acc, acc[slot] + self.quarters[origin + at], [slot])
+            T.buffer_store(acc, acc[slot] + self.quarters[tile.quarter + at], [slot])
 
         def keep(slot: Expr, at: Expr) -> None:
-            T.buffer_store(self.quarters, acc[slot], [origin + at])
+            T.buffer_store(self.quarters, acc[slot], [tile.quarter + at])
 
         if self.plan.parts > 1:
             with T.If(tile.part > 0), T.Then():
@@ -364,53 +400,38 @@ class _Task:
         if self.waits:
             each_slot(keep)
         elif self.plan.parts == 1:
-            self._finish(tile, quarter, acc, rows)
+            self._finish(tile, acc, rows)
         else:
             with T.If(tile.part == self.plan.parts - 1):
                 with T.Then():
-                    self._finish(tile, quarter, acc, rows)
+                    self._finish(tile, acc, rows)
                 with T.Else():
                     each_slot(keep)
 
-    def _in_last_part(self, tile: _Tile) -> Any:
-        last = self.plan.parts - 1
-        return only_if(tile.part == last if last else None)
-
-    def _outputs(self, tile: _Tile, quarter: tuple[int, int]) -> tuple[Expr, Expr]:
-        """A quarter's first pixel and block of channels."""
-        lower, behind = quarter
-        blocks = self.plan.half_channels // self.plan.block
-        return self.first + lower * self.plan.upper, tile.channel_block + behind * blocks
-
-    def _finish(self, tile: _Tile, quarter: tuple[int, int], acc: Any, rows: _Rows) -> None:
+    def _finish(self, tile: _Tile, acc: Any, rows: _Rows) -> None:
         """A short epilogue and the stores of a register tile."""
         plan, width = self.plan, tile.vectors * self.plan.block
-        start, channel_block = self._outputs(tile, quarter)
-        start += rows.first
+        start = tile.pixel + rows.first
 
         def some(skipped: int, count: int) -> None:
             finish(plan.spec, plan.block, acc, lambda p: (skipped + p) * width, count,
-                   tile.vectors, self.n, 0, lambda p: (0, start + skipped + p), channel_block,
+                   tile.vectors, self.n, 0, lambda p: (0, start + skipped + p), tile.channel_block,
                    self.access)  # fmt: skip
 
-        if not (quarter[0] and plan.is_ragged):
-            some(0, rows.count)
-            return
-        last = rows.count - 1
+        last = rows.count - plan.is_ragged
         some(0, last)
-        with T.If(start + last < plan.spec.out_size[1]), T.Then():
-            some(last, 1)
+        if plan.is_ragged:
+            with T.If(start + last < plan.spec.out_size[1]), T.Then():
+                some(last, 1)
 
-    def _finish_later(self, tile: _Tile, quarter: tuple[int, int]) -> None:
+    def _finish_later(self, tile: _Tile) -> None:
         """A long epilogue and the stores of all pairs of the block, as a loop of its own."""
-        plan, origin = self.plan, self._place(tile, quarter)
-        start, channel_block = self._outputs(tile, quarter)
-        count = self.count
-        if quarter[0] and plan.is_ragged:
-            count = tirx.min(count, plan.spec.out_size[1] - start)
+        plan, count = self.plan, self.count
+        if plan.is_ragged:
+            count = tirx.min(count, plan.spec.out_size[1] - tile.pixel)
         fence(self.access.fence)
         finish_pixels(
-            plan.spec, plan.block, self.quarters, lambda p: origin + p * plan.width, count,
-            tile.vectors, self.n, 0, lambda p: (0, start + p), channel_block, self.access,
-            plan.together,
+            plan.spec, plan.block, self.quarters, lambda p: tile.quarter + p * plan.width, count,
+            tile.vectors, self.n, 0, lambda p: (0, tile.pixel + p), tile.channel_block,
+            self.access, plan.together,
         )  # fmt: skip

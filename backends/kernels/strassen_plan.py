@@ -26,7 +26,7 @@ _MOST_PAIRS = 128
 """Pairs of pixels in a task: the more, the fewer times factors of weights are summed."""
 _PLANS = 3
 """Plans worth measuring beside each other."""
-_INPUT = 20.0
+_INPUT = 28.0
 _FORM = 3.0
 _KEEP = 12.0
 """Cycles for as many floats as a core multiplies and adds per cycle: to sum left factors from a
@@ -34,7 +34,7 @@ quarter, to sum factors of weights, and for the sums that wait for other product
 depth more costs half of the last again. Fitted to 20 layers of 64 to 3,072 channels."""
 _START = 30000
 """Cycles besides: the first factors come from memory unasked."""
-_GAIN = 0.04
+_GAIN = 0.03
 """Share of the time that must be won, since rounding errors are larger than direct products'."""
 
 
@@ -102,11 +102,13 @@ class StrassenPlan:
 
     @property
     def row(self) -> int:
-        """Floats from a pixel's left factor to the next one's, where they are not in blocks.
+        """Floats from a pixel's left factor to the next one's, where they are not in blocks."""
+        return _apart(self.depth)
 
-        An odd number of cache lines, so that rows do not meet in the cache.
-        """
-        return (-(-self.depth // LINE) | 1) * LINE
+    @property
+    def factor(self) -> int:
+        """Floats from a left factor to the next one, each of all pixels of a task."""
+        return _apart(self.pairs.size * (self.row if self.plain else self.depth))
 
     @property
     def panel(self) -> int:
@@ -131,7 +133,7 @@ class StrassenPlan:
         the quarters of the result that wait for the next part or a long epilogue.
         """
         return places_of({
-            "inputs": PRODUCTS * self.pairs.size * (self.row if self.plain else self.depth),
+            "inputs": PRODUCTS * self.factor,
             "formed": self.panel,
             "partial": 2 * self.sums,
             "quarters": 4 * self.sums * (self.group if self.parts > 1 else 1),
@@ -152,6 +154,11 @@ class StrassenPlan:
     def describe(self) -> str:
         """For the report."""
         return f"strassen {self.width}×{self.pixels}"
+
+
+def _apart(floats: int) -> int:
+    """An odd number of cache lines, so that what lies as far apart does not meet in the cache."""
+    return (-(-floats // LINE) | 1) * LINE
 
 
 def supports(spec: ConvSpec, block: int) -> bool:
