@@ -85,6 +85,7 @@ class Case:
         blocked: whether the layers before and behind it work on blocks of channels, as inside a
             network.
         winograd: whether Winograd is allowed.
+        strassen: whether Strassen is.
         loop: `product` for the loop with most multiply-adds, or `transform` and which one.
         fma_share: least share of multiply-adds among the loop's instructions.
         limit: why it is less than elsewhere.
@@ -94,6 +95,7 @@ class Case:
     shape: tuple[int, ...]
     blocked: tuple[bool, bool] = (True, True)
     winograd: bool = False
+    strassen: bool = False
     loop: str = "product"
     fma_share: float = FMA_AIM
     limit: str = ""
@@ -144,6 +146,8 @@ CASES = {
     "linear M=128": Case(linear(384), (128, 384), blocked=PLAIN),
     "conv 3×3 deep": Case(conv(512, 3, padding=1, stride=2), (1, 512, 14, 14)),
     "linear M=128 deep": Case(linear(3072), (128, 768), blocked=PLAIN),
+    "strassen M=128": Case(linear(3072), (1, 128, 768), blocked=PLAIN, strassen=True),
+    "strassen 1×1": Case(conv(256, 1), (1, 1024, 14, 14), strassen=True),
     "linear M=1": Case(
         linear(1000),
         (1, 1280),
@@ -176,10 +180,13 @@ def hot_loop(case: Case, text: str) -> Loop:
     """The loop the case is about."""
     kind, _, number = case.loop.partition(" ")
     if kind == "product":
-        # Of equal ones the worst: borders have code of their own.
-        return max(
-            product_loops(text), key=lambda loop: (loop.multiply_adds, len(loop.instructions))
-        )
+        # Of equal ones the worst: borders have code of their own. What also subtracts is Strassen's
+        # first register tile, which forms weights for the others.
+        def order(loop: Loop) -> tuple[int, int, int]:
+            others = loop.multiply_adds - loop.arithmetic
+            return loop.multiply_adds, others, len(loop.instructions)
+
+        return max(product_loops(text), key=order)
     # In the order they run in; the product only multiplies and adds at once.
     transforms = [loop for loop in loops_of(text) if loop.arithmetic - loop.multiply_adds > 20]
     return transforms[int(number)]
@@ -223,7 +230,7 @@ def check_peaks(mca: str) -> None:
 def measure(name: str, core: str, mca: str) -> tuple[Result, Loop]:
     case = CASES[name]
     generator, text = assembly_of(case.make, case.shape, get_target(core), blocked=case.blocked,
-                                  winograd=case.winograd)  # fmt: skip
+                                  winograd=case.winograd, strassen=case.strassen)  # fmt: skip
     loop = hot_loop(case, text)
     bound, simulated = cycles_of(mca, CORES[core], loop.instructions)
     cycles = simulated if CORES[core].simulates else None

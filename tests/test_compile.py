@@ -251,6 +251,21 @@ def test_a_killed_build_leaves_no_output(tmp_path: Path, seconds: float) -> None
     assert not folder.exists() or len(list(folder.iterdir())) == 5
 
 
+def test_strassen_can_be_refused() -> None:
+    """It rounds differently, and takes no more memory for weights."""
+    model = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256)).eval()
+    x = torch.randn(1, 128, 256, generator=torch.Generator().manual_seed(0))
+    fast = graphopt.compile(model, x)
+    exact = graphopt.compile(model, x, strassen=False)
+    kinds = [[step.kernel.origin.split()[0] for step in c.program.steps] for c in (fast, exact)]
+    assert "strassen" in kinds[0]
+    assert "strassen" not in kinds[1]
+    assert fast.program.weights == exact.program.weights
+    expected = model(x).detach().numpy()
+    close(exact(x).numpy(), expected)
+    close(fast(x).numpy(), expected)
+
+
 def test_winograd_can_be_refused() -> None:
     """Without it the weights are no larger than the model's, padded to whole blocks."""
     model = nn.Sequential(nn.Conv2d(3, 32, 1), nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 8, 1))

@@ -367,17 +367,19 @@ class _Task:
                 line += (rows.piece * turns + turn) * each
                 prefetch(self.weights[ahead + line * LINE])
             channel = turn * QUAD
-            if forming:
-                for c in range(QUAD):
-                    form(channel + c)
             row = origin + channel * plan.width
             if plan.by_lane:
                 # As in `conv_direct`: LLVM would load two fours at once, and spill.
+                for c in range(QUAD if forming else 0):
+                    barrier()
+                    form(channel + c)
                 barrier()
                 multiply_by_lanes(acc, weights, row, plan.width, width, plan.wide, pixels,
                                   partial(x, channel))  # fmt: skip
             else:
                 for c in range(QUAD):
+                    if forming:
+                        form(channel + c)
                     multiply(acc, weights, row + c * plan.width, width, plan.wide, pixels,
                              partial(x, channel, lane=c), plan.in_place)  # fmt: skip
 

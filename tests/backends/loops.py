@@ -83,7 +83,7 @@ def product_loops(text: str) -> list[Loop]:
 
 def assembly_of(
     layer: Layer, shape: tuple[int, ...], target: Target, *,
-    blocked: tuple[bool, bool] = (True, True), winograd: bool = False,
+    blocked: tuple[bool, bool] = (True, True), winograd: bool = False, strassen: bool = False,
 ) -> tuple[str, str]:  # fmt: skip
     """A layer's kernel: what generated it, and its assembly.
 
@@ -94,6 +94,7 @@ def assembly_of(
         blocked: whether the layers before and behind it work on blocks of channels, as inside a
             network.
         winograd: whether Winograd is allowed.
+        strassen: whether Strassen is.
     """
     b = Builder()
     n, channels, *rest = shape
@@ -104,6 +105,6 @@ def assembly_of(
         x = b.op(aten.relu.default, b.conv(x, channels, point))
     y = layer(b, x)
     b.returns(b.conv(b.op(aten.relu.default, y), 8, point) if behind else y)
-    program = lower(b.finish(), target, "layer", winograd=winograd)
+    program = lower(b.finish(), target, "layer", winograd=winograd, strassen=strassen)
     step = program.steps[1 if before else 0]
     return step.kernel.origin, assembly(replace(program, steps=(step,)), target)

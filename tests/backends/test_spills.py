@@ -167,6 +167,8 @@ CASES = {
     "Winograd to 40": Case(
         "winograd F(4×4,3×3) 8×13", conv(40, 3, 3, padding=1), (1, 40, 28, 28), "relu"
     ),
+    "Strassen": Case("strassen 16×6", linear(768), (1, 128, 768), "relu gelu", PLAIN),
+    "Strassen 1×1": Case("strassen 16×6", conv(512, 1, 1), (1, 512, 14, 14), "relu silu"),
     "lstm, one row": Case("lstm 64×1", lstm, (5, 1, 8 * 128), "relu", PLAIN),
     "lstm, a batch": Case("lstm 16×4", lstm, (5, 32, 8 * 48), "relu silu", PLAIN),
     "lstm, three rows": Case("lstm 24×3", lstm, (5, 3, 8 * 40), "relu", PLAIN),
@@ -190,7 +192,8 @@ def test_products_spill_nothing(case: Case, epilogue: str) -> None:
 
     def spilled(target: str, allowed: Mapping[int, int]) -> tuple[str, list[str]]:
         origin, text = assembly_of(layer, case.shape, get_target(target), blocked=case.blocked,
-                                   winograd=case.origin.startswith("winograd"))  # fmt: skip
+                                   winograd=case.origin.startswith("winograd"),
+                                   strassen=case.origin.startswith("strassen"))  # fmt: skip
         loops = product_loops(text)
         assert loops
         return origin, [

@@ -169,11 +169,13 @@ def test_every_way_is_offered_once() -> None:
         assert all(each.cycles > 0 for each in three_by_three(target).candidates)
 
 
-def test_no_winograd_where_it_is_not_wanted() -> None:
+@pytest.mark.parametrize("algorithm", ["winograd", "strassen"])
+def test_what_is_not_wanted_is_no_candidate(algorithm: str) -> None:
     gm, _ = graph()
     seen: list[Alternatives] = []
-    lower(gm, get_target("x86-64-v3"), "m", winograd=False, choice=lambda a: seen.append(a))
-    assert not any("winograd" in c.name for each in seen for c in each.candidates)
+    target = get_target("x86-64-v3")
+    lower(gm, target, "m", **{algorithm: False}, choice=lambda a: seen.append(a))
+    assert not any(algorithm in c.name for each in seen for c in each.candidates)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
