@@ -171,11 +171,18 @@ def test_every_way_is_offered_once() -> None:
 
 @pytest.mark.parametrize("algorithm", ["winograd", "strassen"])
 def test_what_is_not_wanted_is_no_candidate(algorithm: str) -> None:
-    gm, _ = graph()
-    seen: list[Alternatives] = []
-    target = get_target("x86-64-v3")
-    lower(gm, target, "m", **{algorithm: False}, choice=lambda a: seen.append(a))
-    assert not any(algorithm in c.name for each in seen for c in each.candidates)
+    b = Builder()
+    x = b.conv(b.input(b.random(1, 8, 12, 12)), 64, (1, 1))
+    b.returns(b.conv(b.conv(b.conv(x, 64, (1, 1)), 64, (3, 3)), 8, (1, 1)))
+    gm = b.finish()
+
+    def is_candidate(**options: bool) -> bool:
+        seen: list[Alternatives] = []
+        lower(gm, get_target("x86-64-v3"), "m", **options, choice=lambda a: seen.append(a))
+        return any(algorithm in c.name for each in seen for c in each.candidates)
+
+    assert is_candidate()
+    assert not is_candidate(**{algorithm: False})
 
 
 @pytest.mark.parametrize("threads", [1, 2])
