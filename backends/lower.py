@@ -62,6 +62,7 @@ class Lowering:
         self.name = name
         self.winograd = winograd
         self.strassen = strassen
+        self.one_sample = all(G.shape(node)[:1] in ((), (1,)) for node in G.placeholders(gm))
         self.layouts = assign_layouts(gm, target.isa.block, winograd=winograd)
         self.pieces = plan_pieces(gm, self.layouts)
         self.buffers: dict[str, Buffer] = {}
@@ -189,6 +190,7 @@ class Lowering:
             constant=self.value_of,
             winograd=self.winograd,
             strassen=self.strassen,
+            one_sample=self.one_sample,
         )
 
     def scalar(self, node: fx.Node) -> bool | int | float | None:

@@ -33,6 +33,8 @@ class Request:
         constant: the value of a constant node, or None.
         winograd: whether Winograd convolution may be used.
         strassen: whether Strassen's matrix product may be used.
+        one_sample: whether all the model's inputs have a first axis of 1, so that no axis is one
+            of samples.
     """
 
     anchor: fx.Node
@@ -44,6 +46,7 @@ class Request:
     constant: Callable[[Any], npt.NDArray[Any] | None]
     winograd: bool = True
     strassen: bool = True
+    one_sample: bool = False
 
     @property
     def call(self) -> Call:

@@ -45,18 +45,20 @@ def lower_linear(request: Request) -> Alternatives | None:
     merged = "merged" if _merges(request) else "apart"
     spec = ConvSpec(1, 1, n_in, n_out, (1, m), (1, m), (1, 1))
     ways = products(spec, _for_rows(request.target, m), most=_rows(request, n_in))
-    if request.strassen and len(call.shape) > 2 and _is_plain(request):
-        row = (1, prod(call.shape[1:-1]))
-        # Samples, along the first axis, are not to be summed with each other.
-        samples = replace(spec, batch=call.shape[0], in_size=row, out_size=row)
-        ways = with_strassen(ways, samples, request.target, plain=True)
+    samples = _samples(request)
+    if request.strassen and _is_plain(request):
+        row = (1, m // samples)
+        apart = replace(spec, batch=samples, in_size=row, out_size=row)
+        ways = with_strassen(ways, apart, request.target, plain=True)
     taps = matrix.reshape(n_out, n_in, 1, 1)
     candidates = [
         Candidate(_origin(each), each.cycles, partial(_product, request, spec, each, taps))
         for each in ways
     ]
     layouts = [request.spec(node).layout for node in (_source(request), request.root)]
-    return Alternatives(key_of("linear", spec, request, *layouts, merged), tuple(candidates))
+    return Alternatives(
+        key_of("linear", spec, request, *layouts, merged, f"samples={samples}"), tuple(candidates)
+    )
 
 
 def _for_rows(target: Target, rows: int) -> Target:
@@ -94,6 +96,13 @@ def _is_plain(request: Request) -> bool:
     return all(request.spec(node).layout == PLAIN for node in (_source(request), request.root))
 
 
+def _samples(request: Request) -> int:
+    """Samples, whose rows are not to be summed with each other's: the first axis is taken for
+    theirs."""
+    shape = request.call.shape[:-1]
+    return 1 if request.one_sample or not shape else shape[0]
+
+
 def _merges(request: Request) -> bool:
     """Whether all axes but the last are walked as one."""
     rank = len(request.call.shape)
@@ -115,7 +124,7 @@ def _product(
     lead = tuple(range(len(shape) - 1))
     walked = walked_axis(shape, lead) if merge else 0
     m, n_in = spec.out_size[1], spec.icg
-    of_sample = m // shape[0]
+    of_sample = m // _samples(request)
 
     def emit(
         task: Expr, views: dict[fx.Node, View], constants: list[Any], out: View, group: Group,

@@ -12,12 +12,12 @@ order in which they are computed, and the quarters of the result:
     P3 = (A12 - S2) · (T2 - (-T1))      C12 = (P1 + P6 + P5) + P3
     P4 = A22 · (B21 - T2)               C21 = (P1 + P6 + P7) + P4
 
-Upper and lower rows are the two halves of an image's pixels or of a sequence, never of different
-samples. A task sums the left factors of a block of pairs of rows in scratch. Then, for each
-register tile of columns, it multiplies them by the right factors, of which four are kept as weights
-and three are differences that the register tiles take that use them first. Register tiles begin
-with what their products are added to (Huang, Smith, Henry and van de Geijn, "Strassen's Algorithm
-Reloaded", 2016), so that sums and stores wait behind multiply-adds.
+Upper and lower rows are halves of an image's pixels or of a sequence, never different samples. A
+task sums the left factors of a block of pairs of rows in scratch. Then, for each register tile of
+columns, it multiplies them by the right factors, of which four are kept as weights and three are
+differences that the register tiles take that use them first. Register tiles begin with what their
+products are added to (Huang, Smith, Henry and van de Geijn, "Strassen's Algorithm Reloaded", 2016),
+so that sums and stores wait behind multiply-adds.
 """
 
 from __future__ import annotations

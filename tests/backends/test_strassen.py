@@ -138,6 +138,17 @@ def test_what_has_no_halves_is_multiplied_directly(shape: tuple[int, ...], colum
     assert not _uses_it(check(b))
 
 
+@pytest.mark.usefixtures("wanted")
+@pytest.mark.parametrize("samples", [1, 2])
+def test_rows_of_a_matrix_are_no_samples_where_inputs_are_one(samples: int) -> None:
+    """As models for sequences flatten them before a product; else the first axis is theirs."""
+    b = Builder()
+    x = b.op(aten.reshape.default, b.input(b.random(samples, 64, 64)), [samples * 64, 64])
+    flat = b.op(aten.linear.default, x, b.constant(b.random(96, 64) / 8), None)
+    b.returns(flat)
+    assert _uses_it(check(b, tolerance=4e-6)) == (samples == 1)
+
+
 def _plans(rows: int, depth: int, columns: int, target: Target) -> list[StrassenPlan]:
     spec = ConvSpec(1, 1, depth, columns, (1, rows), (1, rows), (1, 1))
     return strassen_plan.plans(spec, target.isa, target.l2_bytes, target.cores, plain=True)
