@@ -31,7 +31,7 @@ from graphopt.backends.kernels.conv_deep_plan import DeepPlan
 from graphopt.backends.kernels.conv_finish import band_tiles, finish, finish_pixels
 from graphopt.backends.kernels.conv_spec import Accessors
 from graphopt.backends.kernels.lanes import QUAD, multiply, multiply_by_lanes, vectors_of
-from graphopt.backends.kernels.product import span, transposed
+from graphopt.backends.kernels.product import by_size, span, transposed
 from graphopt.backends.kernels.tiling import LINE, split
 from graphopt.ops.math import share
 from graphopt.ops.opdef import Expr
@@ -119,33 +119,20 @@ class _Task:
             with loop(tiles) as t:
                 tile = self.group * deep.group + t
                 panel = (self.group * deep.parts + part) * deep.group + t
-                self._channel_tile(part, t, tile, panel)
+                first, _ = span(deep.channels, tile)
+                self._channel_tile(part, t, tile < deep.channels.large, first, panel)
 
-    def _channel_tile(self, part: Expr, t: Expr, tile: Expr, panel: Expr) -> None:
-        """All pixels of the block by one channel tile: wide tiles first, then narrower ones."""
-        channels = self.deep.channels
-        if channels.large == channels.count:
-            self._pixel_tiles(part, t, tile * channels.size, panel, channels.size)
-            return
-        with T.If(tile < channels.large):
-            with T.Then():
-                self._pixel_tiles(part, t, tile * channels.size, panel, channels.size)
-            with T.Else():
-                behind = tile * channels.size - (tile - channels.large)
-                self._pixel_tiles(part, t, behind, panel, channels.size - 1)
-
-    def _pixel_tiles(
-        self, part: Expr, t: Expr, channel_block: Expr, panel: Expr, vectors: int
+    def _channel_tile(
+        self, part: Expr, t: Expr, is_full: Expr, channel_block: Expr, panel: Expr
     ) -> None:
+        """All pixels of the block by one channel tile: wide tiles first, then narrower ones."""
         blocks = self.deep.blocks
-        if blocks.large == blocks.count:
-            self._cut(part, t, channel_block, panel, vectors, blocks.size)
-            return
-        with T.If(self.count == blocks.size):
-            with T.Then():
-                self._cut(part, t, channel_block, panel, vectors, blocks.size)
-            with T.Else():
-                self._cut(part, t, channel_block, panel, vectors, blocks.size - 1)
+
+        def pixels(vectors: int) -> None:
+            cut = partial(self._cut, part, t, channel_block, panel, vectors)
+            by_size(blocks, self.count == blocks.size, cut)
+
+        by_size(self.deep.channels, is_full, pixels)
 
     def _cut(
         self, part: Expr, t: Expr, channel_block: Expr, panel: Expr, vectors: int, total: int

@@ -110,6 +110,19 @@ def span(cut: Split, number: Expr) -> tuple[Expr, Expr]:
     return first, cut.size - (number >= cut.large).astype("int32")
 
 
+def by_size(cut: Split, is_full: Expr, body: Callable[[int], None]) -> None:
+    """Emit `body(size)` for each size that the pieces have; `is_full` says that this one's is the
+    larger."""
+    if cut.large == cut.count:
+        body(cut.size)
+        return
+    with T.If(is_full):
+        with T.Then():
+            body(cut.size)
+        with T.Else():
+            body(cut.size - 1)
+
+
 def tile_row(tile: Expr, size: int, rows: int) -> Expr:
     """First row of a tile of `size` rows; the last tile is moved back to end with the rows."""
     return tirx.min(tile * size, rows - size) if rows % size else tile * size

@@ -1,23 +1,11 @@
 """Strassen's matrix product: seven products of quarters instead of eight.
 
-Of the variants with seven products this one has the fewest sums (Strassen, "Gaussian Elimination is
-not Optimal", 1969; Winograd, "On Multiplication of 2 × 2 Matrices", 1971). The products, in the
-order in which they are computed, and the quarters of the result:
-
-    P1 = A11 · B11                      C11 = P1 + P2
-    P2 = A12 · B21
-    P6 = S2 · T2                        S1 = A21 + A22      T1 = B12 - B11
-    P7 = (A11 - A21) · (T2 - B11)       S2 = S1 - A11       T2 = B22 - T1
-    P5 = -S1 · -T1                      C22 = (P1 + P6 + P7) + P5
-    P3 = (A12 - S2) · (T2 - (-T1))      C12 = (P1 + P6 + P5) + P3
-    P4 = A22 · (B21 - T2)               C21 = (P1 + P6 + P7) + P4
-
-Upper and lower rows are halves of an image's pixels or of a sequence, never different samples. A
-task sums the left factors of a block of pairs of rows in scratch. Then, for each register tile of
-columns, it multiplies them by the right factors, of which four are kept as weights and three are
-differences that the register tiles take that use them first. Register tiles begin with what their
-products are added to (Huang, Smith, Henry and van de Geijn, "Strassen's Algorithm Reloaded", 2016),
-so that sums and stores wait behind multiply-adds.
+The products are those of `strassen_steps.py`. Upper and lower rows are halves of an image's pixels
+or of a sequence, never different samples. A task sums the left factors of a block of pairs of rows
+in scratch. Then, for each register tile of columns, it multiplies them by the right factors, of
+which four are kept as weights and three are differences that the register tiles take that use them
+first. Register tiles begin with what their products are added to (Huang, Smith, Henry and van de
+Geijn, "Strassen's Algorithm Reloaded", 2016), so that sums and stores wait behind multiply-adds.
 """
 
 from __future__ import annotations
@@ -44,56 +32,12 @@ from graphopt.backends.kernels.builder import (
 from graphopt.backends.kernels.conv_finish import finish, finish_pixels
 from graphopt.backends.kernels.conv_spec import Accessors
 from graphopt.backends.kernels.lanes import QUAD, multiply, multiply_by_lanes, vectors_of
-from graphopt.backends.kernels.product import span
+from graphopt.backends.kernels.product import by_size, span
 from graphopt.backends.kernels.strassen_plan import KEPT, StrassenPlan
+from graphopt.backends.kernels.strassen_steps import BOTH, STEPS, of
 from graphopt.backends.kernels.tiling import LINE, split
 from graphopt.ops.math import share
 from graphopt.ops.opdef import Expr
-
-_NONE = -1
-_B11, _B21, _T2, _MINUS_T1 = range(KEPT)
-
-
-@dataclass(frozen=True)
-class _Step:
-    """One of the products.
-
-    Attributes:
-        right: its factor of weights, or what it is taken from.
-        less: the factor of weights that is taken from that.
-        start: the partial sum that it is added to.
-        keep: the partial sum that this makes.
-        row, column: of the quarter of the result that is complete then.
-    """
-
-    right: int
-    less: int = _NONE
-    start: int = _NONE
-    keep: int = _NONE
-    row: int = _NONE
-    column: int = _NONE
-
-
-_BOTH = 4
-"""The product that two partial sums want: the first one keeps it, the second one is complete."""
-_STEPS = (
-    _Step(_B11, keep=0),
-    _Step(_B21, start=0, row=0, column=0),
-    _Step(_T2, start=0, keep=0),
-    _Step(_T2, less=_B11, start=0, keep=1),
-    _Step(_MINUS_T1, row=1, column=1),
-    _Step(_T2, less=_MINUS_T1, start=0, row=0, column=1),
-    _Step(_B21, less=_T2, start=1, row=1, column=0),
-)
-
-
-def _of(step: Expr, name: str) -> Expr:
-    """What the table says of a step."""
-    *others, last = (getattr(each, name) for each in _STEPS)
-    value = tirx.const(last, "int32")
-    for number, other in reversed(list(enumerate(others))):
-        value = tirx.Select(step == number, tirx.const(other, "int32"), value)
-    return share(value)
 
 
 def pack_weights(weight: npt.NDArray[Any], plan: StrassenPlan) -> npt.NDArray[np.float32]:
@@ -185,16 +129,8 @@ class _Task:
                 tiles = tirx.min(tiles, channels.count - self.group * plan.group)
             with loop(tiles) as t:
                 number = self.group * plan.group + t
-                steps = partial(self._steps, part, t)
-                if channels.large == channels.count:
-                    steps(number * channels.size, channels.size)
-                else:
-                    with T.If(number < channels.large):
-                        with T.Then():
-                            steps(number * channels.size, channels.size)
-                        with T.Else():
-                            behind = number * channels.size - (number - channels.large)
-                            steps(behind, channels.size - 1)
+                first, _ = span(channels, number)
+                by_size(channels, number < channels.large, partial(self._steps, part, t, first))
 
     def _input(self, number: Expr, pair: Expr, channel: Expr, lane: Expr) -> Expr:
         """Where an element of a left factor is; `channel` and `lane` are of one block."""
@@ -241,43 +177,33 @@ class _Task:
         plan = self.plan
         panel = (self.group * plan.parts + part) * plan.group + t
         origin = share(panel * (KEPT * plan.panel))
-        with T.serial(0, len(_STEPS)) as step:
-            row, column = _of(step, "row"), _of(step, "column")
+        with T.serial(0, len(STEPS)) as step:
+            row, column = of(step, "row"), of(step, "column")
             quarter = 2 * row + column + (4 * t if plan.parts > 1 else 0)
             behind = column * (plan.half_channels // plan.block)
             self._step(
                 _Tile(
-                    part, step, _of(step, "right"), _of(step, "less"), _of(step, "start"),
-                    _of(step, "keep"), row, origin, share(quarter * plan.sums),
+                    part, step, of(step, "right"), of(step, "less"), of(step, "start"),
+                    of(step, "keep"), row, origin, share(quarter * plan.sums),
                     share(self.first + row * plan.upper), share(channel_block + behind), vectors,
                 )
             )  # fmt: skip
 
     def _step(self, tile: _Tile) -> None:
         """One product of all pairs of the block by one channel tile."""
+        is_full = self.count == self.plan.pairs.size
         with T.If(tile.less < 0):
             with T.Then():
-                self._pairs(tile, forms=False)
+                by_size(self.plan.pairs, is_full, partial(self._pairs, tile, False))
             with T.Else():
-                self._pairs(tile, forms=True)
+                by_size(self.plan.pairs, is_full, partial(self._pairs, tile, True))
         if self.waits:
             last = self.plan.parts - 1
             with T.If(tirx.all(tile.row >= 0, tile.part == last)), T.Then():
                 self._finish_later(tile)
 
-    def _pairs(self, tile: _Tile, forms: bool) -> None:
-        pairs = self.plan.pairs
-        if pairs.large == pairs.count:
-            self._cut(tile, pairs.size, forms)
-            return
-        with T.If(self.count == pairs.size):
-            with T.Then():
-                self._cut(tile, pairs.size, forms)
-            with T.Else():
-                self._cut(tile, pairs.size - 1, forms)
-
-    def _cut(self, tile: _Tile, total: int, forms: bool) -> None:
-        """The register tiles of so many pairs, of which the first one forms the right factor."""
+    def _pairs(self, tile: _Tile, forms: bool, total: int) -> None:
+        """The register tiles of so many pairs, the first of which forms the right factor or not."""
         pieces = split(total, self.plan.pixels)
         factor = (self.formed, 0) if forms else (self.weights, self._factor(tile, tile.right))
         for pixels, start, before, count in pieces.kinds():
@@ -334,7 +260,7 @@ class _Task:
             each_slot(lambda slot, at: T.buffer_store(self.partial, acc[slot], [keep + at]))
         with T.If(tile.row >= 0), T.Then():
             if not forming:
-                with T.If(tile.step == _BOTH), T.Then():
+                with T.If(tile.step == BOTH), T.Then():
                     each_slot(add_to_both)
             self._end(tile, acc, rows, each_slot)
 
@@ -345,7 +271,7 @@ class _Task:
         plan = self.plan
         width, pixels, (weights, origin) = tile.vectors * plan.block, range(rows.count), factor
         turns = plan.depth // QUAD
-        lines = KEPT * plan.panel // LINE // len(_STEPS)
+        lines = KEPT * plan.panel // LINE // len(STEPS)
         each = -(-lines // (rows.pieces * turns))
         ahead = share(tile.origin + KEPT * plan.panel + (tile.step * lines) * LINE)
         if forming:
