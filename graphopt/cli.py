@@ -116,12 +116,10 @@ def compile_command(
         typer.Option(metavar="A,B", help="Run these passes only: see `graphopt passes`."),
     ] = None,
     winograd: Annotated[
-        bool,
-        typer.Option(help="Let convolutions use Winograd: faster, but larger weights."),
+        bool, typer.Option(help="Let convolutions use Winograd: faster, but larger weights.")
     ] = True,
     strassen: Annotated[
-        bool,
-        typer.Option(help="Let matrix products use Strassen: faster, but rounding errors grow."),
+        bool, typer.Option(help="Let products use Strassen: faster, but larger rounding errors.")
     ] = True,
     tune: Annotated[
         Path | None,

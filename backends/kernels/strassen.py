@@ -1,11 +1,11 @@
 """Strassen's matrix product: seven products of quarters instead of eight.
 
-The products are those of `strassen_steps.py`. Upper and lower rows are halves of an image's pixels
-or of a sequence, never different samples. A task sums the left factors of a block of pairs of rows
-in scratch. Then, for each register tile of columns, it multiplies them by the right factors, of
-which four are kept as weights and three are differences that the register tiles take that use them
-first. Register tiles begin with what their products are added to (Huang, Smith, Henry and van de
-Geijn, "Strassen's Algorithm Reloaded", 2016), so that sums and stores wait behind multiply-adds.
+The products are those of `strassen_steps.py`. Upper and lower rows are halves of one image's pixels
+or of one sequence. A task sums the left factors of a block of pairs of rows in scratch. Then, for
+each register tile of columns, it multiplies them by the right factors, of which four are kept as
+weights and three are differences that the register tiles take that use them first. Register tiles
+begin with what their products are added to (Huang, Smith, Henry and van de Geijn, "Strassen's
+Algorithm Reloaded", 2016), so that sums and stores wait behind multiply-adds.
 """
 
 from __future__ import annotations
@@ -290,8 +290,8 @@ class _Task:
 
         with loop(turns) as turn:
             for line in range(each):
-                line += (rows.piece * turns + turn) * each
-                prefetch(self.weights[ahead + line * LINE])
+                asked = (rows.piece * turns + turn) * each + line
+                prefetch(self.weights[ahead + asked * LINE])
             channel = turn * QUAD
             row = origin + channel * plan.width
             if plan.by_lane:

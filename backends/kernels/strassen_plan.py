@@ -14,24 +14,27 @@ from graphopt.backends.kernels.tiling import (
     places_of,
     split,
     step_time,
+    thread_counts,
     together,
+    unevenness,
 )
 
 PRODUCTS = 7
 KEPT = 4
-"""Factors of weights that are kept; the other three are sums of two of them."""
+"""Factors of weights that are kept; the other three are differences of two of them."""
 
 _FEWEST_PIXELS = 32
 _MOST_PAIRS = 128
-"""Pairs of pixels in a task: the more, the fewer times factors of weights are summed."""
+"""Pairs of pixels in a task: the more, the fewer times factors of weights are formed."""
 _PLANS = 3
 """Plans worth measuring beside each other."""
 _INPUT = 28.0
 _FORM = 3.0
 _KEEP = 12.0
 """Cycles for as many floats as a core multiplies and adds per cycle: to sum left factors from a
-quarter, to sum factors of weights, and for the sums that wait for other products. A part of the
-depth more costs half of the last again. Fitted to 20 layers of 64 to 3,072 channels."""
+quarter, to form factors of weights, and for the sums that wait for other products. A part of the
+depth more costs half of the last again. Fitted to 20 layers of 64 to 3,072 channels, with AVX-512.
+"""
 _START = 30000
 """Cycles besides: the first factors come from memory unasked."""
 _GAIN = 0.03
@@ -183,8 +186,7 @@ def plans(
     """
 
     def weigh(plan: StrassenPlan) -> float:
-        shares = [-(-plan.tasks // n) * n / plan.tasks for n in (1, 2, 4) if n <= max(1, cores)]
-        return cost(plan, isa) * sum(shares) / len(shares)
+        return cost(plan, isa) * unevenness(plan.tasks, cores)
 
     best: dict[str, StrassenPlan] = {}
     for plan in sorted(_candidates(spec, isa, l2_bytes, cores, plain), key=weigh):
@@ -203,8 +205,7 @@ def _candidates(
     block = isa.block
     upper, out_blocks = -(-spec.out_size[1] // 2), spec.ocg // 2 // block
     fewest = -(-upper // _MOST_PAIRS)
-    even = [n for n in (1, 2, 4) if n <= max(1, cores)]
-    counts = {-(-fewest * more // n) * n for more in (1, 2) for n in even}
+    counts = {-(-fewest * more // n) * n for more in (1, 2) for n in thread_counts(cores)}
     for cut in {split(upper, -(-upper // count)) for count in counts}:
         inputs = PRODUCTS * 4 * cut.size * block
         parts = _parts(spec.icg // 2 // block, l2_bytes * 3 // 4 // inputs)

@@ -109,6 +109,17 @@ def best_tiles(blocks: int, pixels: int, isa: Isa, most: int = MOST_PIXELS) -> t
     return tuple(Tile(vectors, tile_pixels) for _, _, vectors, tile_pixels in best)
 
 
+def thread_counts(cores: int) -> list[int]:
+    """Numbers of threads to share work evenly among: 1, 2 and 4, as far as there are cores."""
+    return [n for n in (1, 2, 4) if n <= max(1, cores)]
+
+
+def unevenness(tasks: int, cores: int) -> float:
+    """How much longer than an even share the longest one takes, over these numbers of threads."""
+    shares = [-(-tasks // n) * n / tasks for n in thread_counts(cores)]
+    return sum(shares) / len(shares)
+
+
 def places_of(sizes: dict[str, int]) -> dict[str, int]:
     """Where each part of scratch begins, in floats, on a cache line; `end` is where all ends."""
     places, end = {}, 0

@@ -10,7 +10,15 @@ from math import prod
 from graphopt.backends.isa.base import Isa
 from graphopt.backends.kernels.conv_direct_plan import SKIPPING
 from graphopt.backends.kernels.conv_spec import ConvSpec
-from graphopt.backends.kernels.tiling import MOST_PIXELS, Split, fits, split, step_time
+from graphopt.backends.kernels.tiling import (
+    MOST_PIXELS,
+    Split,
+    fits,
+    split,
+    step_time,
+    thread_counts,
+    unevenness,
+)
 from graphopt.backends.kernels.winograd_plan import WinogradPlan, taps
 from graphopt.backends.kernels.winograd_transforms import operations, sizes
 
@@ -84,8 +92,7 @@ def plans(
     cores, spec = -(-cores // spec.groups), replace(spec, groups=1)
 
     def weigh(conv: WinogradPlan) -> float:
-        shares = [-(-conv.tasks // n) * n / conv.tasks for n in (1, 2, 4) if n <= max(1, cores)]
-        cycles = cost(conv, isa, l2_bytes) * sum(shares) / len(shares)
+        cycles = cost(conv, isa, l2_bytes) * unevenness(conv.tasks, cores)
         return cycles + _price(conv.weights, isa, l2_bytes)
 
     best: dict[tuple[int, int], WinogradPlan] = {}
@@ -141,7 +148,7 @@ def _cuts(
     phases = spec.batch * prod(spec.dilation)
     tiles = phases * of_phase
     tasks = {-(-tiles // size) for size in range(pixels, _MOST_TILES + 1, pixels)}
-    tasks |= {-(-count // n) * n for count in tasks for n in (2, 4) if n <= cores}
+    tasks |= {-(-count // n) * n for count in tasks for n in thread_counts(cores)}
     cuts = {(split(tiles, -(-tiles // count)), 0) for count in tasks}
     alike = not any(size % d for size, d in zip(spec.out_size, spec.dilation, strict=True))
     of_all = zip(spec.out_size, m, spec.dilation, strict=True)

@@ -78,7 +78,7 @@ def test_any_size(
 ) -> None:
     b = Builder()
     _linear(b, (batch, rows, 16 * depth), 16 * columns, end=end)
-    program = check(b, target=_target("host", l2_bytes), threads=threads, tolerance=5e-6)
+    program = check(b, target=_target("host", l2_bytes), threads=threads)
     assert _uses_it(program)
 
 
@@ -88,7 +88,7 @@ def test_any_size(
 def test_other_instruction_sets(target: str, end: str) -> None:
     b = Builder()
     _linear(b, (2, 45, 160), 144, end=end)
-    program = check(b, target=_target(target, 20000), threads=2, tolerance=5e-6)
+    program = check(b, target=_target(target, 20000), threads=2)
     assert _uses_it(program)
 
 
@@ -107,7 +107,7 @@ def test_pointwise_convolutions(
     y = b.op(aten.add.Tensor, b.conv(x, 64, kernel), x)
     y = b.op(aten.silu.default, b.conv(y, 80, kernel))
     b.returns(b.conv(y, 8, kernel) if behind else y)
-    program = check(b, target=target, threads=2, tolerance=5e-6)
+    program = check(b, target=target, threads=2)
     assert origins(program).count("strassen") == 2
 
 
@@ -146,7 +146,7 @@ def test_rows_of_a_matrix_are_no_samples_where_inputs_are_one(samples: int) -> N
     x = b.op(aten.reshape.default, b.input(b.random(samples, 64, 64)), [samples * 64, 64])
     flat = b.op(aten.linear.default, x, b.constant(b.random(96, 64) / 8), None)
     b.returns(flat)
-    assert _uses_it(check(b, tolerance=4e-6)) == (samples == 1)
+    assert _uses_it(check(b)) == (samples == 1)
 
 
 def _plans(rows: int, depth: int, columns: int, target: Target) -> list[StrassenPlan]:
