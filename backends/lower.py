@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from graphopt import graph as G
 from graphopt.backends.kernels import GENERATORS
 from graphopt.backends.kernels.base import Alternatives, KernelSource, Request
 from graphopt.backends.kernels.builder import BufferSpec, build_kernel
+from graphopt.backends.kernels.conv_layout import wants_blocks
 from graphopt.backends.kernels.fusion import Group
 from graphopt.backends.kernels.generic_lower import lower_map, lower_reduction
 from graphopt.backends.supported import check_supported
@@ -25,7 +27,7 @@ from graphopt.ops.opdef import Kind
 from graphopt.ops.scalar import TIR_NAMES
 from graphopt.program.ir import ALIGNMENT, Buffer, Kernel, Program, Role, Step
 from graphopt.program.layout import PLAIN, physical_size
-from graphopt.program.layouts import assign_layouts
+from graphopt.program.layouts import Wants, assign_layouts, makes_blocks
 from graphopt.program.memory import Lifetime, largest_live, lifetimes_of, plan_offsets, round_up
 from graphopt.program.outputs import with_own_outputs
 from graphopt.program.padding import write_padding
@@ -48,6 +50,11 @@ def by_cost(_: Alternatives) -> str | None:
     return None
 
 
+def _wants(gm: fx.GraphModule, target: Target, winograd: bool, strassen: bool) -> Wants:
+    """`wants_blocks` of nodes of the graph, remembered."""
+    return cache(partial(wants_blocks, gm, target=target, winograd=winograd, strassen=strassen))
+
+
 class Lowering:
     """State of one lowering: buffers, kernels and steps so far."""
 
@@ -63,7 +70,7 @@ class Lowering:
         self.winograd = winograd
         self.strassen = strassen
         self.one_sample = all(G.shape(node)[:1] in ((), (1,)) for node in G.placeholders(gm))
-        self.layouts = assign_layouts(gm, target.isa.block, winograd=winograd)
+        self.layouts = assign_layouts(gm, target.isa.block, _wants(gm, target, winograd, strassen))
         self.pieces = plan_pieces(gm, self.layouts)
         self.buffers: dict[str, Buffer] = {}
         self.home: dict[fx.Node, str] = {}
@@ -314,7 +321,8 @@ def begin(
 ) -> Lowering:  # fmt: skip
     """The lowering of a copy of the graph, of which nothing is lowered yet; see `lower`."""
     check_supported(gm)
-    gm = with_own_outputs(gm)
+    wants = _wants(gm, target, winograd, strassen)
+    gm = with_own_outputs(gm, lambda node: makes_blocks(node, wants))
     write_padding(gm)
     return Lowering(gm, target, name, winograd, strassen, choice)
 

@@ -93,7 +93,12 @@ def place_of(rank: int, swapped: bool = False) -> Place:
     return index
 
 
-def _one_row(spec: ConvSpec) -> ConvSpec:
+def is_pointwise(spec: ConvSpec) -> bool:
+    """Whether each pixel of the output is made of the pixel at its place."""
+    return spec.kernel == (1, 1) == spec.stride and spec.padding == (0, 0)
+
+
+def one_row(spec: ConvSpec) -> ConvSpec:
     """A pointwise convolution as a single row of pixels."""
     pixels = (1, spec.in_size[0] * spec.in_size[1])
     return replace(spec, in_size=pixels, out_size=pixels)
@@ -154,10 +159,9 @@ class _View:
 
 def _view_of(request: Request, spec: ConvSpec) -> _View:
     is_image = len(request.call.shape) == 4
-    pointwise = spec.kernel == (1, 1) == spec.stride and spec.padding == (0, 0)
-    if is_image and pointwise and collapsible(request, (2, 3)):
+    if is_image and is_pointwise(spec) and collapsible(request, (2, 3)):
         return _View(
-            _one_row(spec), one_row=True, column=walked_axis(request.call.shape, (2, 3)) == 2
+            one_row(spec), one_row=True, column=walked_axis(request.call.shape, (2, 3)) == 2
         )
     if is_image and spec.in_size[1] == 1 and spec.kernel[1] == 1:
         return _View(_swapped(spec), column=True)

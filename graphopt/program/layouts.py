@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import fx
 
@@ -12,20 +13,27 @@ from graphopt.ops.opdef import Call, Kind
 from graphopt.program.layout import PLAIN, blocked, same_bytes
 from graphopt.program.partition import is_float, tensor_operands
 
-_WIDE = 32
-"""Channels from which Winograd's convolution saves more than moving its input and output costs."""
-_LONGEST = 7
-"""The longest kernel it has transforms for. Kernels of one row or column gain less."""
+
+@dataclass(frozen=True)
+class InBlocks:
+    """Whether a node is so much faster if what it reads, or makes, is in blocks that moving that
+    pays."""
+
+    reads: bool = False
+    makes: bool = False
 
 
-def assign_layouts(gm: fx.GraphModule, block: int, *, winograd: bool = True) -> dict[fx.Node, str]:
+Wants = Callable[[fx.Node], InBlocks]
+
+
+def assign_layouts(gm: fx.GraphModule, block: int, wants_blocks: Wants) -> dict[fx.Node, str]:
     """A layout for every node that has a value.
 
     Convolutions make blocked tensors; elementwise ops, pooling, resizing, padding and channel
     concatenation on whole blocks keep them; everything else is plain. A tensor that no blocked op
-    reads is made plain at once, so that nobody converts it afterwards, unless its kernel only works
-    on blocks, as those of depthwise and of Winograd's convolutions do. What these read becomes
-    blocks, too.
+    reads is made plain at once, so that nobody converts it afterwards, unless its kernel works on
+    blocks, as those of depthwise convolutions and of what `wants_blocks` do. What these read
+    becomes blocks, too.
     """
     layouts: dict[fx.Node, str] = {}
     wanted = blocked(block)
@@ -33,8 +41,7 @@ def assign_layouts(gm: fx.GraphModule, block: int, *, winograd: bool = True) -> 
         if node.op == "output":
             continue
         keeps = node.op == "call_function" and (
-            _keeps_blocks(node, layouts, wanted, block)
-            or (winograd and _feeds_winograd(node, block))
+            _keeps_blocks(node, layouts, wanted, block) or _feeds(node, wants_blocks)
         )
         layouts[node] = wanted if keeps else PLAIN
     returned = set(G.outputs(gm))
@@ -43,11 +50,13 @@ def assign_layouts(gm: fx.GraphModule, block: int, *, winograd: bool = True) -> 
             continue
         if same_bytes(G.shape(node), wanted, G.shape(node), PLAIN) and node not in returned:
             continue
-        if node not in returned and _has_only_blocks(node, block if winograd else 0):
+        if node not in returned and (
+            any(_likes_blocks(user, layouts, wanted) for user in node.users)
             # Whoever wants it plain moves less than the fast kernel saves.
+            or makes_blocks(node, wants_blocks)
+        ):
             continue
-        if node in returned or not any(_likes_blocks(user, layouts, wanted) for user in node.users):
-            layouts[node] = PLAIN
+        layouts[node] = PLAIN
     return layouts
 
 
@@ -59,36 +68,16 @@ def _likes_blocks(user: fx.Node, layouts: dict[fx.Node, str], wanted: str) -> bo
     return folds or layouts[user] == wanted
 
 
-def _has_only_blocks(node: fx.Node, block: int) -> bool:
-    """Whether the fast kernel that computes it, and what is fused behind, only works on blocks.
-
-    `block` is 0 where Winograd's is refused.
-    """
+def makes_blocks(node: fx.Node, wants_blocks: Wants) -> bool:
+    """Whether the fast kernel that computes it, and what is fused behind, works on blocks."""
     if node.op != "call_function":
         return False
     if OPS[node.target].kind is Kind.ELEMENTWISE:
         return any(
-            len(x.users) == 1 and G.shape(x) == G.shape(node) and _has_only_blocks(x, block)
+            len(x.users) == 1 and G.shape(x) == G.shape(node) and makes_blocks(x, wants_blocks)
             for x in tensor_operands(node)
         )
-    return _is_depthwise(node) or (block > 0 and _is_winograd(node, block))
-
-
-def _is_winograd(node: fx.Node, block: int) -> bool:
-    """Whether it is for Winograd's kernel, and that so much faster that copies pay."""
-    if OPS[node.target].name != "convolution":
-        return False
-    call = Call(node)
-    out, depth, *kernel = call.shape_of("weight")
-    channels = min(depth, out // call["groups"])
-    return (
-        len(kernel) == 2
-        and all(2 <= size <= _LONGEST for size in kernel)
-        and not call["transposed"]
-        and all(n == 1 for n in call["stride"])
-        and channels >= _WIDE
-        and channels % block == 0
-    )
+    return _is_depthwise(node) or wants_blocks(node).makes
 
 
 def _convolutions_of(node: fx.Node) -> list[fx.Node]:
@@ -102,14 +91,14 @@ def _convolutions_of(node: fx.Node) -> list[fx.Node]:
     ]
 
 
-def _feeds_winograd(node: fx.Node, block: int) -> bool:
-    """Whether a convolution for Winograd's kernel reads it."""
+def _feeds(node: fx.Node, wants_blocks: Wants) -> bool:
+    """Whether a convolution reads it that wants blocks."""
     op = OPS[node.target]
     if op.kind is Kind.ANCHOR and op.name not in _RULES:
         return False
-    if len(G.shape(node)) != 4 or not is_float(node):
+    if len(G.shape(node)) < 3 or not is_float(node):
         return False
-    return any(_is_winograd(user, block) for user in _convolutions_of(node))
+    return any(wants_blocks(user).reads for user in _convolutions_of(node))
 
 
 def _is_depthwise(node: fx.Node) -> bool:

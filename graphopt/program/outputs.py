@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,11 +13,11 @@ from graphopt.ops import OPS
 from graphopt.ops.opdef import Kind
 
 
-def with_own_outputs(gm: fx.GraphModule) -> fx.GraphModule:
+def with_own_outputs(gm: fx.GraphModule, in_blocks: Callable[[fx.Node], bool]) -> fx.GraphModule:
     """A copy of the graph whose every output is a node that a kernel writes to the caller's memory.
 
-    Inputs, constants, views, values read by others and values returned twice are returned through a
-    copy.
+    Inputs, constants, views, values read by others, values returned twice, and those that are made
+    `in_blocks`, are returned through a copy.
     """
     graph = fx.Graph()
     returned: Any = graph.graph_copy(gm.graph, {})
@@ -25,8 +26,8 @@ def with_own_outputs(gm: fx.GraphModule) -> fx.GraphModule:
     for node in returned:
         computed = node.op == "call_function" and OPS[node.target].kind is not Kind.VIEW
         # A tensor that kernels read too may be blocked for them; the caller's copy is row-major.
-        shared = bool(node.users) and len(G.shape(node)) >= 3
-        if computed and not shared and node not in seen:
+        blocked = computed and len(G.shape(node)) >= 3 and (bool(node.users) or in_blocks(node))
+        if computed and not blocked and node not in seen:
             seen.add(node)
             fresh.append(node)
             continue

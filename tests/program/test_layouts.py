@@ -7,16 +7,20 @@ from torch import fx
 
 from graphopt import graph as G
 from graphopt.backends.target import get_target
-from graphopt.program.layouts import assign_layouts
+from graphopt.program.layouts import InBlocks, Wants, assign_layouts
 from tests.backends.harness import Builder, aten, check, compile_and_run, origins
 
 BLOCK = 8
 BLOCKED = "NCHW8c"
 
 
-def layouts(b: Builder) -> dict[str, str]:
+def nothing(_: fx.Node) -> InBlocks:
+    return InBlocks()
+
+
+def layouts(b: Builder, wants: Wants = nothing) -> dict[str, str]:
     gm = b.finish()
-    return {node.name: layout for node, layout in assign_layouts(gm, BLOCK).items()}
+    return {node.name: layout for node, layout in assign_layouts(gm, BLOCK, wants).items()}
 
 
 def test_blocks_between_convolutions_and_plain_at_the_borders() -> None:
@@ -157,7 +161,7 @@ def test_tokens_that_become_images_are_blocks() -> None:
     rows = b.op(aten.permute.default, b.input(b.random(1, 3, 16, 5)), [0, 2, 1, 3])
     b.returns(b.conv(both, 4, (1, 1)), alone, b.conv(rows, 4, (1, 1)))
     gm = b.finish()
-    found = assign_layouts(gm, BLOCK)
+    found = assign_layouts(gm, BLOCK, nothing)
     assert [found[node] for node in (*parts, both)] == [BLOCKED] * 3
     assert [found[node] for node in (alone, rows)] == ["plain"] * 2
     program, actual = compile_and_run(gm, b.inputs)
@@ -166,48 +170,28 @@ def test_tokens_that_become_images_are_blocks() -> None:
     assert "cat" not in {op for step in program.steps for op in step.ops}
 
 
-def _selective(b: Builder, channels: int) -> tuple[fx.Node, fx.Node, fx.Node]:
-    """A sum over branches, the convolution of it, and a view of that in groups of channels."""
-    x = b.op(aten.relu.default, b.conv(b.input(b.random(2, 3, 9, 11)), 2 * channels, (1, 1)))
-    branches = b.op(aten.reshape.default, x, [2, 2, channels, 9, 11])
-    whole = b.op(aten.sum.dim_IntList, branches, [1])
-    y = b.op(aten.silu.default, b.conv(whole, 2 * channels, (3, 3), padding=1))
-    again = b.op(aten.reshape.default, y, [2, 2, channels, 9, 11])
-    b.returns(b.op(aten.sum.dim_IntList, again, [1]))
-    return whole, y, again
+def test_what_a_convolution_wants_in_blocks() -> None:
+    """Of plain tensors: what it reads, what it makes with what is fused behind, both or neither."""
+
+    def chain(wish: InBlocks) -> list[str]:
+        b = Builder()
+        moved = b.op(aten.permute.default, b.input(b.random(1, 16, 5, 4)), [0, 1, 3, 2])
+        y = b.op(aten.silu.default, b.conv(moved, 16, (3, 3)))
+        b.returns(b.op(aten.permute.default, y, [0, 2, 3, 1]))
+        found = layouts(b, lambda node: wish if "convolution" in node.name else InBlocks())
+        return [found[node.name] for node in (moved, *y.all_input_nodes, y)]
+
+    plain = "plain"
+    assert chain(InBlocks()) == [plain] * 3
+    assert chain(InBlocks(reads=True)) == [BLOCKED, plain, plain]
+    assert chain(InBlocks(makes=True)) == [plain, BLOCKED, BLOCKED]
+    assert chain(InBlocks(reads=True, makes=True)) == [BLOCKED] * 3
 
 
-def test_what_winograd_reads_and_makes_is_in_blocks() -> None:
-    """Whoever wants it plain moves less than Winograd saves."""
+def test_matrix_products_make_no_blocks() -> None:
+    """Whatever reads them: their kernels write rows."""
     b = Builder()
-    made = _selective(b, 32)
-    returned = b.conv(b.input(b.random(1, 64, 9, 9)), 64, (3, 3))
-    b.returns(returned)
-    gm = b.finish()
-    found = assign_layouts(gm, BLOCK)
-    assert [found[node] for node in made] == [BLOCKED, BLOCKED, "plain"]
-    assert found[returned] == "plain"
-    without = assign_layouts(gm, BLOCK, winograd=False)
-    assert [without[node] for node in made] == ["plain", "plain", "plain"]
-
-
-def test_few_channels_are_not_moved_for_winograd() -> None:
-    b = Builder()
-    whole, y, _ = _selective(b, 16)
-    strided = b.input(b.random(1, 64, 9, 9))
-    shifted = b.op(aten.permute.default, strided, [0, 1, 3, 2])
-    b.returns(b.conv(b.conv(shifted, 64, (3, 3), stride=2), 4, (1, 1)))
-    found = layouts(b)
-    assert [found[node.name] for node in (whole, y, shifted)] == ["plain"] * 3
-
-
-def test_winograd_between_plain_tensors() -> None:
-    b = Builder(1)
-    _selective(b, 32)
-    program = check(b, tolerance=2e-5)
-    assert "winograd" in origins(program)
-    c = Builder(2)
-    x = c.op(aten.permute.default, c.input(c.random(1, 64, 13, 12)), [0, 1, 3, 2])
-    y = c.op(aten.relu.default, c.conv(x, 96, (3, 3), padding=1, groups=2))
-    c.returns(c.op(aten.permute.default, y, [0, 2, 3, 1]))
-    assert "winograd" in origins(check(c, tolerance=2e-5))
+    x = b.op(aten.matmul.default, b.input(b.random(1, 16, 5, 4)), b.input(b.random(1, 16, 4, 6)))
+    b.returns(b.conv(x, 16, (3, 3)))
+    found = layouts(b, lambda _: InBlocks(reads=True, makes=True))
+    assert found[x.name] == "plain"

@@ -7,7 +7,7 @@ from torch import fx
 
 from graphopt import graph as G
 from graphopt.ops import OPS
-from graphopt.program.layouts import assign_layouts
+from graphopt.program.layouts import InBlocks, assign_layouts
 from graphopt.program.partition import NodeGroup, partition, tensor_operands
 from tests.backends.harness import Builder, aten, check
 
@@ -15,7 +15,7 @@ from tests.backends.harness import Builder, aten, check
 def groups(b: Builder) -> list[NodeGroup]:
     """The groups, after checking that they are a partition in an order that can run."""
     gm = b.finish()
-    found = partition(gm, assign_layouts(gm, 8))
+    found = partition(gm, assign_layouts(gm, 8, lambda _: InBlocks()))
     calls = [node for node in gm.graph.nodes if node.op == "call_function"]
     assert sorted(n.name for g in found for n in g.nodes) == sorted(n.name for n in calls)
     done = {node for node in gm.graph.nodes if node.op != "call_function"}

@@ -1,0 +1,49 @@
+"""Which convolutions are worth moving tensors into blocks for."""
+
+from __future__ import annotations
+
+from math import prod
+
+from torch import fx
+
+from graphopt import graph as G
+from graphopt.backends.kernels.conv import is_pointwise, one_row, spec_of
+from graphopt.backends.kernels.conv_frames import frames_of
+from graphopt.backends.kernels.conv_product import products, winograd_products, with_strassen
+from graphopt.backends.target import Target
+from graphopt.ops import OPS
+from graphopt.ops.opdef import Call
+from graphopt.program.layouts import InBlocks
+
+_MOVE = 0.25
+"""Cycles to copy a byte of a tensor from one layout to the other."""
+
+
+def wants_blocks(
+    gm: fx.GraphModule, node: fx.Node, target: Target, *, winograd: bool, strassen: bool
+) -> InBlocks:
+    """What a node of `gm` should read and make in blocks, since that saves more than moving it.
+
+    It is a convolution with fewer multiplications: Winograd's needs both in blocks, of Strassen's
+    products only the input.
+    """
+    if OPS[node.target].name != "convolution":
+        return InBlocks()
+    call, block = Call(node), target.isa.block
+    frames = frames_of(call, block)
+    spec = spec_of(call) if frames is None else frames.spec
+    if spec is None or G.constant(gm, call["weight"]) is None:
+        return InBlocks()
+    read, made = call.shape_of("input"), call.shape
+    if read[1] % block or made[1] % block or (frames is not None and spec.groups > 1):
+        return InBlocks()
+    direct = products(spec, target)[0].cycles
+    if winograd:
+        found, pays = winograd_products(spec, target, [spec])
+        if pays and direct - found[0].cycles > _MOVE * 4 * (prod(read) + prod(made)):
+            return InBlocks(reads=True, makes=True)
+    if strassen and frames is None and is_pointwise(spec):
+        row = one_row(spec)
+        fewer = with_strassen(products(row, target), row, target, plain=False)[0].cycles
+        return InBlocks(reads=direct - fewer > _MOVE * 4 * prod(read))
+    return InBlocks()
