@@ -129,7 +129,7 @@ class _View:
 
     def is_whole(self, channels: int, block: int) -> bool:
         """Whether neighbouring channels are neighbours in blocks, those of other frames too."""
-        return self.frames is None or channels % block == 0
+        return self.frames is None or not self.frames.joins or channels % block == 0
 
     def run(self, lanes: int) -> int:
         """Channels that are neighbours in a plain image, whole runs of them in a vector."""
@@ -142,9 +142,8 @@ class _View:
 
     def place(self, rank: int) -> Place:
         """The input's index of (n, channel, row, column) of the spec."""
-        if self.frames is not None:
-            return self.frames.inside
-        index, (rows, columns) = place_of(rank, self.column), self.window
+        index = place_of(rank, self.column) if self.frames is None else self.frames.inside
+        rows, columns = self.window
         top, left = self.offset
         if self.window == (1, 1):
             return index
@@ -189,8 +188,7 @@ def _phases(view: _View, weight: npt.NDArray[Any]) -> tuple[_View, npt.NDArray[A
     so that none is cut; the kernel gets taps of zeros around it.
     """
     spec, stride = view.spec, view.spec.stride
-    is_plain = view.frames is None and spec.groups == 1 and spec.dilation == (1, 1)
-    if stride == (1, 1) or not is_plain:
+    if stride == (1, 1) or spec.groups > 1 or spec.dilation != (1, 1):
         return view, weight
 
     def windows(axis: int) -> tuple[int, int, int, int]:
@@ -249,7 +247,7 @@ def lower_products(request: Request) -> Alternatives | None:
     else:
         view, weight = _View(spec, frames=frames), frames.weight(weight)
     layouts = [request.spec(node).layout for node in (call["input"], request.root)]
-    target = request.target
+    target, plain = request.target, layouts[0] == PLAIN
     whole = view.is_whole(call.shape_of("input")[1], target.isa.block)
     plan_all = products if whole else direct_products
 
@@ -259,16 +257,15 @@ def lower_products(request: Request) -> Alternatives | None:
             for each in found
         ]
 
-    direct = plan_all(view.spec, target, plain=layouts[0] == PLAIN)
-    if request.strassen and layouts[0] != PLAIN and frames is None:
+    direct = plan_all(view.spec, target, plain=plain)
+    if request.strassen and whole and not plain:
         direct = with_strassen(direct, view.spec, target, plain=False)
     candidates = ways(direct, view, weight)
-    patches = _patches(spec) if layouts[0] == PLAIN and frames is None else None
+    patches = _patches(spec) if plain and frames is None else None
     if patches is not None:
         flat = weight.reshape(len(weight), -1, 1, 1)
         candidates = ways(deep_products(patches.spec, target), patches, flat) + candidates
-    if whole and request.winograd and layouts[1] != PLAIN:
-        plain = layouts[0] == PLAIN
+    if (whole or plain) and request.winograd and layouts[1] != PLAIN:
         phases, taps = _phases(view, weight) if plain else (view, weight)
         found, pays = winograd_products(phases.spec, target, [view.spec], plain=plain)
         fewer = ways(found, phases, taps)

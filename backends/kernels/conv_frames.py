@@ -1,13 +1,15 @@
-"""3-D convolutions as 2-D ones: output frames are images, the kernel's frames more channels.
+"""3-D convolutions as 2-D ones.
 
-::
+Where a kernel has one row and one column, frames are rows, and all pixels of a frame are columns;
+where it has one frame, too, all pixels are one row. Of other kernels, output frames are images, and
+the kernel's frames are more channels::
 
     out[n, o, d, h, w] = Σ over kd, c, kh, kw of x[n, c, d·stride + kd·dilation, …] · weight
                        = a 2-D convolution of image n·D + d with the channels (kd, c)
 
-Nothing is copied; only the places that are read differ. Depthwise ones take the rows of all the
-kernel's frames for one window instead. The depth of the input is padded already
-(`program/padding.py`), and so are the rows of depthwise ones.
+Depthwise ones take the rows of all the kernel's frames for one window instead. Nothing is copied;
+only the places that are read differ. Where the kernel has rows or columns, the depth of the input
+is padded already (`program/padding.py`), and so are the rows of depthwise ones.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import numpy.typing as npt
 
 from graphopt.backends.kernels.conv_spec import ConvSpec
 from graphopt.ops.opdef import Call, Expr, Index
-from graphopt.program.padding import is_depthwise
+from graphopt.program.padding import is_depthwise, is_over_time
 
 Place = Callable[[Expr, Expr, Expr, Expr], Index]
 """`(n, channel, row, column)` of the spec → index of the tensor."""
@@ -35,17 +37,24 @@ class Frames:
         inside: where it finds its inputs.
         index: where it stores its outputs.
         weight: its weights, from those of the 3-D one.
+        joins: whether its channels are those of several frames.
     """
 
     spec: ConvSpec
     inside: Place
     index: Place
     weight: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
+    joins: bool = False
 
 
 def frames_of(call: Call, block: int) -> Frames | None:
-    """The convolution over frames; None where it is transposed or in groups, or pads its depth."""
-    if len(call.shape) != 5 or call["transposed"] or call["padding"][0]:
+    """The convolution over frames; None where it is transposed or in groups, or its depth should be
+    padded and is not."""
+    if len(call.shape) != 5 or call["transposed"]:
+        return None
+    if is_over_time(call):
+        return _over_time(call)
+    if call["padding"][0]:
         return None
     batch, channels, *size = call.shape_of("input")
     _, out, depth, *out_size = call.shape
@@ -84,7 +93,31 @@ def frames_of(call: Call, block: int) -> Frames | None:
     def weight(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         return np.moveaxis(values, 2, 1).reshape(out, -1, *kernel[1:])
 
-    return Frames(spec, inside, index, weight)
+    return Frames(spec, inside, index, weight, joins=kernel[0] > 1)
+
+
+def _over_time(call: Call) -> Frames:
+    """Frames as rows, or all pixels as one row."""
+    batch, channels, *size = call.shape_of("input")
+    _, out, depth, high, wide = call.shape
+    taps, stride, padding, dilation = (
+        int(values[0])
+        for values in (call.shape_of("weight")[2:], call["stride"], call["padding"],
+                       call["dilation"])
+    )  # fmt: skip
+    is_row = (taps, stride, padding) == (1, 1, 0)
+    rows, out_rows = (1, 1) if is_row else (size[0], depth)
+    columns = high * wide * (depth if is_row else 1)
+    spec = ConvSpec(
+        batch, 1, channels, out, (rows, columns), (out_rows, columns), (taps, 1), (stride, 1),
+        (padding, 0), (dilation, 1),
+    )  # fmt: skip
+
+    def index(n: Expr, c: Expr, h: Expr, w: Expr) -> Index:
+        frame = w // (high * wide) if is_row else h
+        return (n, c, frame, w // wide % high, w % wide)
+
+    return Frames(spec, index, index, lambda values: values.reshape(out, channels, taps, 1))
 
 
 def _depthwise(

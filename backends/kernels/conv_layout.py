@@ -42,7 +42,7 @@ def wants_blocks(
         found, pays = winograd_products(spec, target, [spec])
         if pays and direct - found[0].cycles > _MOVE * 4 * (prod(read) + prod(made)):
             return InBlocks(reads=True, makes=True)
-    if strassen and frames is None and is_pointwise(spec):
+    if strassen and is_pointwise(spec):
         row = one_row(spec)
         fewer = with_strassen(products(row, target), row, target, plain=False)[0].cycles
         return InBlocks(reads=direct - fewer > _MOVE * 4 * prod(read))

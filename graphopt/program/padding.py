@@ -20,10 +20,11 @@ _FAR = 7
 def write_padding(gm: fx.GraphModule) -> None:
     """Give some convolutions of `gm` inputs that are padded already, in place.
 
-    3-D ones along depth: frames that do not exist would be a test in the innermost loop; copied
-    with zero frames around them, all frames are alike. Depthwise ones of these get rows of zeros,
-    too: they take rows of all the kernel's frames for one window. And wide kernels along columns:
-    for these each tile of pixels at a border would have code of its own, or each column a test.
+    3-D ones along depth, unless their kernels are one pixel of some frames: frames that do not
+    exist would be a test in the innermost loop; copied with zero frames around them, all are alike.
+    Depthwise ones of these get rows of zeros, too: they take rows of all the kernel's frames for
+    one window. And wide kernels along columns: for these each tile of pixels at a border would have
+    code of its own, or each column a test.
     """
     padded: dict[tuple[fx.Node, tuple[int, ...]], fx.Node] = {}
     for node in list(gm.graph.nodes):
@@ -54,7 +55,7 @@ def _written_out(call: Call) -> tuple[int, ...]:
     padding = _padding(call)
     rank = len(padding)
     zeros = [0] * rank
-    if call["transposed"]:
+    if call["transposed"] or is_over_time(call):
         return tuple(zeros)
     if rank == 3:
         zeros[0] = padding[0]
@@ -74,3 +75,9 @@ def is_depthwise(call: Call) -> bool:
     """Whether a convolution has one filter for each channel."""
     shape = call.shape_of("weight")
     return shape[1] == 1 and int(call["groups"]) == shape[0] > 1
+
+
+def is_over_time(call: Call) -> bool:
+    """Whether a 3-D convolution, in no groups, takes the pixel at its place only, of any frames."""
+    one_pixel = call.shape_of("weight")[3:] == (1, 1) and list(call["stride"][1:]) == [1, 1]
+    return one_pixel and not any(call["padding"][1:]) and int(call["groups"]) == 1
