@@ -9,7 +9,7 @@ from torch import fx
 
 from graphopt.graph import shape
 from graphopt.passes._canonical import Handler, Outcome, filled, per_channel
-from graphopt.passes._nodes import aten, rank, results
+from graphopt.passes._nodes import aten, rank
 from graphopt.passes.rewrite import Editor, Refusal
 from graphopt.windows import even_windows
 
@@ -125,21 +125,31 @@ def _pool_arguments(a: Arguments, dims: int) -> tuple[list[int], list[int], list
     return kernel, stride, filled(a["padding"], dims)
 
 
-def _max_pool(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
-    kernel, stride, padding = _pool_arguments(a, 2)
-    rest = [kernel, stride, padding, filled(a["dilation"], 2), a["ceil_mode"]]
-    if node.target is aten.max_pool2d.default:
+def _max_pool(dims: int) -> Handler:
+    pool = (aten.max_pool2d.default, aten.max_pool3d.default)[dims - 2]
+
+    def handle(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
+        rest = [*_pool_arguments(a, dims), filled(a["dilation"], dims), a["ceil_mode"]]
+        if node.target is pool:
+            if list(node.args[1:]) == rest:
+                return None
+            return ed.call(pool, a["self"], *rest)
+        return [ed.call(pool, a["self"], *rest), None]
+
+    return handle
+
+
+def _avg_pool(dims: int) -> Handler:
+    pool = (aten.avg_pool2d.default, aten.avg_pool3d.default)[dims - 2]
+
+    def handle(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
+        counted = [a["ceil_mode"], a["count_include_pad"], a["divisor_override"]]
+        rest = [*_pool_arguments(a, dims), *counted]
         if list(node.args[1:]) == rest:
             return None
-        return ed.call(aten.max_pool2d.default, a["self"], *rest)
-    return [ed.call(aten.max_pool2d.default, a["self"], *rest), None]
+        return ed.call(pool, a["self"], *rest)
 
-
-def _avg_pool(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
-    rest = [*_pool_arguments(a, 2), a["ceil_mode"], a["count_include_pad"], a["divisor_override"]]
-    if list(node.args[1:]) == rest:
-        return None
-    return ed.call(aten.avg_pool2d.default, a["self"], *rest)
+    return handle
 
 
 def _pool_1d(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
@@ -156,40 +166,6 @@ def _pool_1d(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
         rest = [[1, dilation], a["ceil_mode"]]
         pooled = ed.call(aten.max_pool2d.default, tall, *first, *rest)
     return ed.call(aten.reshape.default, pooled, list(shape(node)))
-
-
-def _pool_3d(ed: Editor, node: fx.Node, a: Arguments) -> Outcome:
-    """max_pool3d, avg_pool3d → windows of the frames' axis, then windows of the frames."""
-    x = a["self"]
-    *lead, frames, rows, columns = shape(x)
-    *_, depth, height, width = results(node)[0].shape
-    kernel, stride, padding = _pool_arguments(a, 3)
-    averages = node.target is aten.avg_pool3d.default
-    if averages and (any(padding) or a["ceil_mode"] or a["divisor_override"] is not None):
-        return Refusal("3-D average pooling over a border: windows differ")
-    dilation = [1, 1, 1] if averages else filled(a["dilation"], 3)
-
-    def pool(x: fx.Node, sizes: list[int], axes: slice) -> fx.Node:
-        """Over these of the three axes; a second axis is added to one alone."""
-        first = [
-            part if len(part) == 2 else [*part, fill]
-            for part, fill in ((kernel[axes], 1), (stride[axes], 1), (padding[axes], 0))
-        ]
-        flat = ed.call(aten.reshape.default, x, sizes)
-        if averages:
-            return ed.call(aten.avg_pool2d.default, flat, *first, False, True, None)
-        steps = dilation[axes] if len(dilation[axes]) == 2 else [*dilation[axes], 1]
-        return ed.call(aten.max_pool2d.default, flat, *first, steps, a["ceil_mode"])
-
-    deep = pool(x, [*lead, frames, rows * columns], slice(0, 1))
-    apart = kernel[1] == stride[1] and dilation[1] == 1 and not padding[1] and not rows % kernel[1]
-    # Where no window crosses frames, they are one tall image; else they count as channels.
-    sizes = (
-        [*lead, depth * rows, columns] if apart else [*lead[:-1], lead[-1] * depth, rows, columns]
-    )
-    flat = pool(deep, sizes, slice(1, 3))
-    pooled = ed.call(aten.reshape.default, flat, [*lead, depth, height, width])
-    return [pooled, None] if node.target is aten.max_pool3d_with_indices.default else pooled
 
 
 def _adaptive_avg_pool(dims: int) -> Handler:
@@ -297,12 +273,12 @@ HANDLERS: dict[Any, Handler] = {
     aten.group_norm.default: _group_norm,
     aten.native_group_norm.default: _group_norm,
     aten.instance_norm.default: _instance_norm,
-    aten.max_pool2d.default: _max_pool,
-    aten.max_pool2d_with_indices.default: _max_pool,
-    aten.avg_pool2d.default: _avg_pool,
-    aten.max_pool3d.default: _pool_3d,
-    aten.max_pool3d_with_indices.default: _pool_3d,
-    aten.avg_pool3d.default: _pool_3d,
+    aten.max_pool2d.default: _max_pool(2),
+    aten.max_pool2d_with_indices.default: _max_pool(2),
+    aten.avg_pool2d.default: _avg_pool(2),
+    aten.max_pool3d.default: _max_pool(3),
+    aten.max_pool3d_with_indices.default: _max_pool(3),
+    aten.avg_pool3d.default: _avg_pool(3),
     aten.max_pool1d.default: _pool_1d,
     aten.avg_pool1d.default: _pool_1d,
     aten.adaptive_avg_pool1d.default: _adaptive_avg_pool(1),

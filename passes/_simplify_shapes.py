@@ -23,6 +23,8 @@ _MOVES = (
     aten.constant_pad_nd.default,
     aten.max_pool2d.default,
     aten.avg_pool2d.default,
+    aten.max_pool3d.default,
+    aten.avg_pool3d.default,
     aten.upsample_nearest2d.vec,
 )
 

@@ -20,10 +20,12 @@ _KEEP_BLOCKS = (
     aten.hardswish.default,
     aten.prelu.default,
     aten.avg_pool2d.default,
+    aten.avg_pool3d.default,
     aten.cat.default,
     aten.constant_pad_nd.default,
     aten.index_select.default,
     aten.max_pool2d.default,
+    aten.max_pool3d.default,
     aten.upsample_bilinear2d.vec,
     aten.upsample_nearest2d.vec,
 )

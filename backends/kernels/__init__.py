@@ -42,4 +42,6 @@ GENERATORS: dict[str, tuple[Generator, ...]] = {
     "order": (lower_order,),
     "max_pool2d": (lower_pool,),
     "avg_pool2d": (lower_pool,),
+    "max_pool3d": (lower_pool,),
+    "avg_pool3d": (lower_pool,),
 }

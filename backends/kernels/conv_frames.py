@@ -14,7 +14,7 @@ is padded already (`program/padding.py`), and so are the rows of depthwise ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,10 +64,7 @@ def frames_of(call: Call, block: int) -> Frames | None:
                        call["dilation"])
     )  # fmt: skip
     if is_depthwise(call) and out == channels:
-        return None if padding[1] else _depthwise(
-            batch, channels, (size[0], size[1], size[2]), (depth, out_size[0], out_size[1]),
-            kernel, stride, padding[2], dilation,
-        )  # fmt: skip
+        return None if padding[1] else _depthwise(call)
     if int(call["groups"]) > 1:
         return None
     spec = ConvSpec(
@@ -120,26 +117,56 @@ def _over_time(call: Call) -> Frames:
     return Frames(spec, index, index, lambda values: values.reshape(out, channels, taps, 1))
 
 
-def _depthwise(
-    batch: int, channels: int, size: tuple[int, int, int], out: tuple[int, int, int],
-    kernel: list[int], stride: list[int], padding: int, dilation: list[int],
-) -> Frames:  # fmt: skip
-    """Windows of all rows of all the kernel's frames, side by side."""
+def side_by_side(
+    batch: int, channels: int, width: int, out: Sequence[int], kernel: Sequence[int],
+    stride: Sequence[int], padding: int, dilation: Sequence[int],
+) -> tuple[ConvSpec, Callable[[Expr], tuple[Expr, Expr]], Place]:  # fmt: skip
+    """Windows of frames as those of one tall image: the rows of all frames of a window follow one
+    another.
+
+    Args:
+        batch: images.
+        channels: each has windows of its own.
+        width: columns of the input.
+        out: frames, rows and columns of the output, as in what follows.
+        kernel: size of a window.
+        stride: from one window to the next.
+        padding: columns; frames and rows begin at the first of each window.
+        dilation: steps in a window.
+
+    Returns:
+        The windows; the frame and row of the input that a row of the tall image is; where to store.
+    """
     rows = kernel[0] * kernel[1]
     spec = ConvSpec(
-        batch, channels, 1, 1, (out[0] * out[1] * rows, size[2]), (out[0] * out[1], out[2]),
+        batch, channels, 1, 1, (out[0] * out[1] * rows, width), (out[0] * out[1], out[2]),
         (rows, kernel[2]), (rows, stride[2]), (0, padding), (1, dilation[2]),
     )  # fmt: skip
 
-    def inside(n: Expr, c: Expr, h: Expr, w: Expr) -> Index:
+    def place(h: Expr) -> tuple[Expr, Expr]:
         window, row = h // rows, h % rows
         frame = window // out[1] * stride[0] + row // kernel[1] * dilation[0]
-        return (n, c, frame, window % out[1] * stride[1] + row % kernel[1] * dilation[1], w)
+        return frame, window % out[1] * stride[1] + row % kernel[1] * dilation[1]
 
     def index(n: Expr, c: Expr, h: Expr, w: Expr) -> Index:
         return (n, c, h // out[1], h % out[1], w)
 
+    return spec, place, index
+
+
+def _depthwise(call: Call) -> Frames:
+    """Of a depthwise convolution whose frames and rows are padded already."""
+    batch, channels, *size = call.shape_of("input")
+    kernel = call.shape_of("weight")[2:]
+    spec, place, index = side_by_side(
+        batch, channels, size[2], call.shape[2:], kernel, call["stride"], call["padding"][2],
+        call["dilation"],
+    )  # fmt: skip
+
+    def inside(n: Expr, c: Expr, h: Expr, w: Expr) -> Index:
+        return (n, c, *place(h), w)
+
     def weight(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        return values.reshape(channels, 1, rows, kernel[2])
+        return values.reshape(channels, 1, kernel[0] * kernel[1], kernel[2])
 
     return Frames(spec, inside, index, weight)

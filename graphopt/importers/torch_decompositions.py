@@ -44,6 +44,8 @@ KEPT: tuple[Any, ...] = (
     aten.elu.default,
     aten.max_pool2d.default,
     aten.avg_pool2d.default,
+    aten.max_pool3d.default,
+    aten.avg_pool3d.default,
     aten.adaptive_avg_pool2d.default,
     aten.col2im.default,
     aten.index_add.default,

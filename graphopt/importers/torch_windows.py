@@ -70,6 +70,8 @@ def _adaptive_max_pool3d(x: Tensor, output_size: Sequence[int]) -> tuple[Tensor,
 
 
 def _adaptive_avg_pool3d(x: Tensor, output_size: Sequence[int]) -> Tensor:
+    if list(output_size) == [1, 1, 1]:
+        return x.mean((-3, -2, -1), keepdim=True)
     return _in_two_steps(x, output_size, aten.adaptive_avg_pool2d.default)
 
 

@@ -55,38 +55,45 @@ def _axes_fold(kind: str, dim_name: str = "dim") -> Any:
     return build
 
 
-def _pair(value: Any, default: tuple[int, int]) -> tuple[int, int]:
-    values = list(value) if isinstance(value, (list, tuple)) else [value]
-    if not values:
-        return default
-    return values[0], values[-1]
+_OF_FRAMES = (aten.max_pool3d.default, aten.avg_pool3d.default)
 
 
-Pair = tuple[int, int]
+def _pooled_axes(call: Call) -> int:
+    return 3 if call.node.target in _OF_FRAMES else 2
 
 
-def window_of(call: Call) -> tuple[Pair, Pair, Pair, Pair]:
-    """A pooling's kernel, stride, padding and dilation, by rows and columns."""
-    kernel = _pair(call["kernel_size"], (1, 1))
+Axes = tuple[int, ...]
+
+
+def window_of(call: Call) -> tuple[Axes, Axes, Axes, Axes]:
+    """A pooling's kernel, stride, padding and dilation, by rows and columns, frames before them."""
+    count = _pooled_axes(call)
+
+    def each(value: Any, default: Axes) -> Axes:
+        values = list(value) if isinstance(value, (list, tuple)) else [value]
+        return tuple(values * count if len(values) == 1 else values) or default
+
+    kernel = each(call["kernel_size"], ())
     return (
         kernel,
-        _pair(call["stride"], kernel),
-        _pair(call["padding"], (0, 0)),
-        _pair(call.arguments.get("dilation", 1), (1, 1)),
+        each(call["stride"], kernel),
+        each(call["padding"], (0,) * count),
+        each(call.arguments.get("dilation", 1), ()),
     )
 
 
 def _max_pool(call: Call, x: Reader) -> Reduction:
-    size = call.shape_of("self")[-2:]
     kernel, stride, padding, dilation = window_of(call)
+    count = len(kernel)
+    size = call.shape_of("self")[-count:]
 
     def element(index: Index, box: Index) -> Expr:
-        lead, spatial = index[:-2], index[-2:]
+        lead, spatial = index[:-count], index[-count:]
         place: list[Expr] = []
         inside: list[Expr] = []
-        for axis in range(2):
+        for axis in range(count):
             at = spatial[axis] * stride[axis] - padding[axis] + box[axis] * dilation[axis]
-            reach = (call.shape[axis - 2] - 1) * stride[axis] - padding[axis]
+            reach = (call.shape[axis - count] - 1) * stride[axis] - padding[axis]
             if dilation[axis] == 1:
                 # The nearest element inside is in the window too, and a maximum may see it twice.
                 if padding[axis]:
@@ -106,25 +113,26 @@ def _max_pool(call: Call, x: Reader) -> Reduction:
 
 
 def _avg_pool(call: Call, x: Reader) -> Reduction:
-    size = call.shape_of("self")[-2:]
     kernel, stride, padding, _ = window_of(call)
+    dims = len(kernel)
+    size = call.shape_of("self")[-dims:]
 
     def start(index: Index, axis: int) -> Expr:
-        return index[axis - 2] * stride[axis] - padding[axis]
+        return index[axis - dims] * stride[axis] - padding[axis]
 
     def spills(axis: int) -> bool:
-        last = (call.shape[axis - 2] - 1) * stride[axis] - padding[axis] + kernel[axis]
+        last = (call.shape[axis - dims] - 1) * stride[axis] - padding[axis] + kernel[axis]
         return padding[axis] > 0 or last > size[axis]
 
     def element(index: Index, box: Index) -> Expr:
-        place = [start(index, axis) + box[axis] for axis in range(2)]
+        place = [start(index, axis) + box[axis] for axis in range(dims)]
         inside = [
             test
-            for axis in range(2)
+            for axis in range(dims)
             if spills(axis)
             for test in (place[axis] >= 0, place[axis] < size[axis])
         ]
-        value = x((*index[:-2], *place))
+        value = x((*index[:-dims], *place))
         if not inside:
             return value
         return tirx.if_then_else(tirx.all(*inside), value, tirx.const(0.0, dtype_of(value)))
@@ -132,12 +140,12 @@ def _avg_pool(call: Call, x: Reader) -> Reduction:
     def finish(value: Expr, index: Index) -> Expr:
         if call["divisor_override"] is not None:
             return value / tirx.const(float(call["divisor_override"]), dtype_of(value))
-        if not any(spills(axis) for axis in range(2)):
+        if not any(spills(axis) for axis in range(dims)):
             return value * tirx.const(1.0 / prod(kernel), dtype_of(value))
         # As PyTorch counts: windows end at the padded border, and without count_include_pad
         # only real elements count.
         count: Expr = 1
-        for axis in range(2):
+        for axis in range(dims):
             low: Expr = start(index, axis)
             high: Expr = tirx.min(low + kernel[axis], size[axis] + padding[axis])
             if not call["count_include_pad"]:
@@ -155,11 +163,13 @@ def _full_precision(call: Call) -> str | None:
 
 
 def pooling(call: Call) -> str | None:
-    """Reason against pooling of anything but images of float32."""
+    """Reason against pooling of anything but images, or frames, of float32."""
     if call.dtype != torch.float32:
         return f"{call.dtype} is not supported, only float32"
-    rank = len(call.shape_of("self"))
-    return None if rank in (3, 4) else f"input has {rank} dimensions, not 3 or 4"
+    rank, axes = len(call.shape_of("self")), _pooled_axes(call)
+    if rank in (axes + 1, axes + 2):
+        return None
+    return f"input has {rank} dimensions, not {axes + 1} or {axes + 2}"
 
 
 def _folded(*rest: Any, shape: tuple[int, ...] = (2, 10, 5, 7), **kwargs: Any) -> Sample:
@@ -184,6 +194,13 @@ _POOLS = (
     *(_pool([9, 7]), _pool([3, 3], [2, 2], 1, shape=(5, 6, 7)), _pool([1, 1], [2, 2])),
     _pool([3, 3], [2, 2], [1, 1], shape=(1, 3, 8, 8)),
 )
+_POOLS_3D = (
+    *(_pool(*rest, shape=(2, 10, 5, 6, 7)) for rest in (
+        ([2, 3, 2],), ([3, 3, 3], [1, 1, 1], [1, 1, 1]), ([1, 3, 3], [1, 2, 2], [0, 1, 1]),
+        (2, 2, 1), ([3, 1, 1], [2, 1, 1], [1, 0, 0]), ([5, 6, 7],),
+    )),
+    _pool([3, 3, 3], [2, 2, 2], [1, 1, 1], shape=(4, 5, 6, 7)),
+)  # fmt: skip
 _NEGATIVE = Sample(lambda g: (-torch.rand(1, 3, 5, 6, generator=g) - 1, [3, 3], [2, 2], [1, 1]))
 _NAN = Sample(lambda g: (torch.tensor([[1.0, float("nan"), 3.0], [float("-inf"), 2.0, 5.0]]), [1]))
 _AXES = tuple(
@@ -224,6 +241,11 @@ REDUCE: tuple[OpDef, ...] = (
               _pool([2, 2], [2, 2], 0, 1, True), _pool([3, 3], [2, 2], [1, 1], [1, 1], True),
               _pool([2, 2], [3, 3], 1, 2, True), _NEGATIVE,
           )),
+    OpDef("max_pool3d", (aten.max_pool3d.default,), Kind.REDUCTION, _max_pool, check=pooling,
+          samples=(
+              *_POOLS_3D, _pool([2, 2, 2], [2, 2, 2], 0, 1, True, shape=(2, 5, 5, 7, 9)),
+              _pool([2, 3, 2], [2, 1, 3], [1, 1, 1], [2, 1, 3], shape=(2, 3, 6, 7, 8)),
+          )),
     OpDef("avg_pool2d", (aten.avg_pool2d.default,), Kind.REDUCTION, _avg_pool, check=pooling,
           samples=(
               *_POOLS,
@@ -231,5 +253,12 @@ REDUCE: tuple[OpDef, ...] = (
                 for count in (False, True)),
               *(_pool([2, 2], [3, 3], [1, 0], True, count) for count in (False, True)),
               _pool([2, 3], [1, 2], 0, False, True, 5), _pool([3, 2], [2, 2], 1, True, False, 7),
+          )),
+    OpDef("avg_pool3d", (aten.avg_pool3d.default,), Kind.REDUCTION, _avg_pool, check=pooling,
+          samples=(
+              *_POOLS_3D,
+              *(_pool([3, 3, 3], [2, 2, 2], [1, 1, 1], ceil, count, shape=(2, 3, 5, 6, 8))
+                for ceil in (False, True) for count in (False, True)),
+              _pool([2, 3, 2], [1, 2, 2], 0, False, True, 5, shape=(1, 3, 4, 5, 6)),
           )),
 )  # fmt: skip

@@ -232,6 +232,8 @@ _RULES: dict[str, Rule] = {
     "convolution": _always,
     "max_pool2d": _follow,
     "avg_pool2d": _follow,
+    "max_pool3d": _follow,
+    "avg_pool3d": _follow,
     "adaptive_avg_pool2d": _follow,
     "adaptive_max_pool2d": _follow,
     "mean": _mean,

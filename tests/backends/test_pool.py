@@ -35,6 +35,35 @@ def test_any_window(
     assert origins(check(b, tolerance=5e-6))[1] == "pool"
 
 
+_THREE = st.tuples(*[st.integers(1, 3)] * 3)
+
+
+@settings(max_examples=10, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@given(
+    st.booleans(), st.integers(1, 2), st.integers(1, 20), st.tuples(*[st.integers(1, 9)] * 3),
+    _THREE, _THREE, _THREE, st.booleans(), st.booleans(),
+)  # fmt: skip
+def test_any_window_of_frames(
+    is_max: bool, batch: int, channels: int, size: tuple[int, ...], kernel: tuple[int, ...],
+    stride: tuple[int, ...], dilation: tuple[int, ...], ceil: bool, flag: bool,
+) -> None:  # fmt: skip
+    """Windows cross borders of frames, rows and columns, with and without padding."""
+    padding = [k // 2 if flag else 0 for k in kernel]
+    steps = dilation if is_max else (1, 1, 1)
+    reach = [(k - 1) * d + 1 for k, d in zip(kernel, steps, strict=True)]
+    size = tuple(max(n, r - 2 * p) for n, r, p in zip(size, reach, padding, strict=True))
+    b = Builder(channels)
+    x = b.conv(b.input(b.random(batch, 3, *size)), channels, (1, 1, 1))
+    if is_max:
+        y = b.op(aten.max_pool3d.default, x, kernel, stride, padding, dilation, ceil)
+    else:
+        divisor = 3 if flag and ceil else None
+        y = b.op(aten.avg_pool3d.default, x, kernel, stride, padding, ceil, not flag, divisor)
+    after = aten.silu if flag else aten.relu
+    b.returns(b.conv(b.op(after.default, y), 4, (1, 1, 1)))
+    assert origins(check(b, tolerance=5e-6))[1] == "pool"
+
+
 @pytest.mark.parametrize("target", ["host", "arm"])
 def test_nan_wins(target: str) -> None:
     b = Builder(1)

@@ -357,15 +357,17 @@ CASES: dict[str, tuple[Callable[[Build], Made], list[str]]] = {
     ),
     "max pool 3d": (
         lambda b: b.call(aten.max_pool3d.default, b.input(2, 3, 4, 6, 8), [2]),
-        ["reshape", "max_pool2d", "reshape", "max_pool2d", "reshape"],
+        ["max_pool3d"],
     ),
-    "max pool 3d across frames": (
-        lambda b: b.call(aten.max_pool3d.default, b.input(3, 5, 6, 7), [3], [2], [1], [1], True),
-        ["reshape", "max_pool2d", "reshape", "max_pool2d", "reshape"],
+    "max pool 3d with indices, of one sample": (
+        lambda b: b.item(
+            b.call(aten.max_pool3d_with_indices.default, b.input(3, 5, 6, 7), [3], [2], [1]), 0
+        ),
+        ["max_pool3d"],
     ),
     "avg pool 3d": (
         lambda b: b.call(aten.avg_pool3d.default, b.input(2, 3, 5, 6, 7), [2, 3, 2], [1, 2, 2]),
-        ["reshape", "avg_pool2d", "reshape", "avg_pool2d", "reshape"],
+        ["avg_pool3d"],
     ),
     "adaptive pool to one": (
         lambda b: b.call(aten.adaptive_avg_pool2d.default, image(b), [1, 1]),

@@ -144,13 +144,13 @@ def average_pool(ctx: Context, node: OnnxNode, x: Value, windows: Windows) -> Va
     padding = [head for head, _ in windows.pads]
     kernel, strides = list(windows.kernel), list(windows.strides)
     small = all(0 <= p <= k // 2 for p, k in zip(padding, kernel, strict=True))
-    if windows.symmetric and small and rank(x) == 4:
-        result = ctx.op(aten.avg_pool2d.default, x, kernel, strides, padding, ceil, count_pad)
+    average = aten.avg_pool3d.default if rank(x) == 5 else aten.avg_pool2d.default
+    if windows.symmetric and small:
+        result = ctx.op(average, x, kernel, strides, padding, ceil, count_pad)
         return _checked(result, windows)
     sizes = shape(x)[2:]
     pads = windows.exact_pads(sizes)
     padded = constant_pad(ctx, x, [(0, 0), (0, 0), *pads])
-    average = aten.avg_pool3d.default if rank(x) == 5 else aten.avg_pool2d.default
     mean = ctx.op(average, padded, kernel, strides, [0] * len(kernel), False, True)
     counted = [_counted(size, windows, axis, count_pad) for axis, size in enumerate(sizes)]
     share = math.prod(kernel) / torch.stack(torch.meshgrid(*counted, indexing="ij")).prod(0)
