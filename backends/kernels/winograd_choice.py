@@ -54,10 +54,12 @@ _MOST_TILES = 48
 _MOST_OF_IMAGES = 64
 """Tiles in a task; of whole images more, since their last tiles save up to a quarter."""
 _MOST_PLACES = {2: 5, 3: 6, 4: 8, 5: 8, 6: 8, 7: 8}
-_MOST_PLACES_ALONE = 10
-"""Places of a tile's side by the kernel's longer side, and where the kernel is a row or a column.
-Of F(6×6,3×3) the error would be four times that of F(4×4,3×3), for 0 to 14 % of the time; larger
-kernels take half the time or less with eight places."""
+_MOST_PLACES_ALONE = {2: 8, 3: 8}
+_MOST_ALONE = 10
+"""Places of a tile's side by the kernel's longer side, and where the kernel is a row or a column,
+of more taps too. Of F(6×6,3×3) the error would be four times that of F(4×4,3×3), for 0 to 14 % of
+the time, of F(1×8,1×3) more than twice that, for 3 %; larger kernels take half the time or less
+with eight places."""
 
 
 def supports(spec: ConvSpec, block: int) -> bool:
@@ -164,7 +166,11 @@ def _cuts(
 def _tiles(kernel: tuple[int, int]) -> list[tuple[int, int]]:
     """The sizes of tiles: of as many places in rows as in columns, where the kernel has both."""
     high, wide = kernel
-    most = _MOST_PLACES_ALONE if 1 in kernel else _MOST_PLACES.get(max(kernel), 0)
+    longest = max(kernel)
+    if 1 in kernel:
+        most = _MOST_PLACES_ALONE.get(longest, _MOST_ALONE)
+    else:
+        most = _MOST_PLACES.get(longest, 0)
     return [
         (m, n)
         for m, n in product(sizes(high, most), sizes(wide, most))
