@@ -16,7 +16,7 @@ from graphopt.ops.opdef import Call
 from graphopt.program.layouts import InBlocks
 
 _MOVE = 0.25
-"""Cycles to copy a byte of a tensor from one layout to the other."""
+"""Cycles to copy a byte of a tensor from one layout to the other: twice what it takes in caches."""
 
 
 def wants_blocks(
