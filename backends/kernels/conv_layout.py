@@ -13,6 +13,7 @@ from graphopt.backends.kernels.conv_product import products, winograd_products, 
 from graphopt.backends.target import Target
 from graphopt.ops import OPS
 from graphopt.ops.opdef import Call
+from graphopt.program.layout import blocked, physical_size
 from graphopt.program.layouts import InBlocks
 
 _MOVE = 0.25
@@ -34,13 +35,14 @@ def wants_blocks(
     spec = spec_of(call) if frames is None else frames.spec
     if spec is None or G.constant(gm, call["weight"]) is None:
         return InBlocks()
-    read, made = call.shape_of("input"), call.shape
-    if read[1] % block or made[1] % block or (frames is not None and spec.groups > 1):
+    read = call.shape_of("input")
+    if read[1] % block or (frames is not None and spec.groups > 1):
         return InBlocks()
+    made = physical_size(call.shape, blocked(block), 1)
     direct = products(spec, target)[0].cycles
     if winograd:
         found, pays = winograd_products(spec, target, [spec])
-        if pays and direct - found[0].cycles > _MOVE * 4 * (prod(read) + prod(made)):
+        if pays and direct - found[0].cycles > _MOVE * 4 * (prod(read) + made):
             return InBlocks(reads=True, makes=True)
     if strassen and is_pointwise(spec):
         row = one_row(spec)

@@ -31,6 +31,7 @@ def test_what_pays(target: str) -> None:
     assert _wanted(target, image, 64, (3, 3)) == BOTH
     assert _wanted(target, (64, 56, 56), 128, (3, 3), stride=2) == BOTH
     assert _wanted(target, image, 128, (3, 3), groups=2) == BOTH
+    assert _wanted(target, image, 60, (3, 3)) == BOTH
     assert _wanted(target, line, 128, (3,)) == BOTH
     assert _wanted(target, (64, 5, 28, 28), 64, (1, 3, 3)) == BOTH
     assert _wanted(target, (768, 128), 768, (1,)) == READS
@@ -43,7 +44,7 @@ def test_what_does_not(target: str) -> None:
     assert _wanted(target, (8, 28, 28), 8, (3, 3)) == NOTHING, "moving it takes longer"
     assert _wanted(target, image, 64, (1, 1)) == NOTHING, "too small for Strassen's products"
     assert _wanted(target, (68, 28, 28), 64, (3, 3)) == NOTHING, "a block is not whole"
-    assert _wanted(target, image, 60, (3, 3)) == NOTHING, "a block is not whole"
+    assert _wanted(target, image, 1, (1, 1)) == NOTHING
     assert _wanted(target, image, 64, (3, 3), winograd=False) == NOTHING
     assert _wanted(target, (768, 128), 768, (1,), strassen=False) == NOTHING
     assert _wanted(target, image, 64, (3, 3), groups=64) == NOTHING, "depthwise"
@@ -96,9 +97,18 @@ def test_outputs_are_made_in_blocks_and_copied() -> None:
     x = b.input(b.random(2, 64, 17, 15))
     smooth = b.op(aten.relu.default, b.conv(x, 64, (3, 3), padding=1))
     apart = b.conv(b.conv(x, 24, (1, 1)), 24, (3, 3), groups=24)
-    few = b.conv(x, 5, (3, 3))
-    b.returns(smooth, apart, few)
+    once = b.conv(x, 5, (1, 1))
+    b.returns(smooth, apart, once)
     program = check(b, tolerance=2e-5)
     assert {"winograd", "depthwise"} <= set(origins(program))
-    # `few` is written to the caller's memory at once.
+    # `once` is written to the caller's memory as it is computed.
     assert origins(program).count("map") == 2
+
+
+@pytest.mark.parametrize("channels", [1, 3, 13])
+def test_outputs_of_few_channels(channels: int) -> None:
+    """As images made of images: most of a block's vectors is empty, and Winograd's still pays."""
+    b = Builder(channels)
+    x = b.conv(b.input(b.random(1, 3, 66, 62)), 64, (1, 1))
+    b.returns(b.op(aten.tanh.default, b.conv(b.op(aten.relu.default, x), channels, (3, 3))))
+    assert "winograd" in origins(check(b, tolerance=2e-5))
