@@ -50,7 +50,7 @@ def test_images_in_blocks_become_plain(channels: int) -> None:
     """What convolutions make and read too is returned through a copy."""
     b = Builder(1)
     y = b.conv(b.input(b.random(2, 3, 9, 19)), channels, (3, 3), padding=1)
-    b.returns(y, b.conv(y, 32, (3, 3), padding=1))
+    b.returns(y, b.conv(y, 32, (1, 1)))
     program = check(b, tolerance=3e-6)
     copies = [origin for origin in kernels(program) if origin.startswith("map")]
     assert copies == ["map turned" if channels % LANES == 0 else "map"]
