@@ -73,6 +73,12 @@ def spec_of(call: Call) -> ConvSpec | None:
     )
 
 
+def images_of(call: Call, block: int) -> tuple[ConvSpec | None, Frames | None]:
+    """The convolution as rows and columns, None where it is none, and how it is that where 3-D."""
+    frames = frames_of(call, block)
+    return (spec_of(call), None) if frames is None else (frames.spec, frames)
+
+
 def _swapped(spec: ConvSpec) -> ConvSpec:
     """Rows and columns exchanged."""
     flip = {
@@ -238,8 +244,7 @@ def lower_products(request: Request) -> Alternatives | None:
     """Direct convolution, its deep twin, and Winograd's: the cost model's choice first."""
     call = request.call
     weight = request.constant(call["weight"])
-    frames = frames_of(call, request.target.isa.block)
-    spec = spec_of(call) if frames is None else frames.spec
+    spec, frames = images_of(call, request.target.isa.block)
     if spec is None or weight is None or (frames is not None and spec.groups > 1):
         return None
     if frames is None:
@@ -347,8 +352,7 @@ def lower_depthwise(request: Request) -> KernelSource | None:
     """One filter per channel; see `depthwise`. Input and output must be blocked alike."""
     call = request.call
     weight = request.constant(call["weight"])
-    frames = frames_of(call, request.target.isa.block)
-    spec = spec_of(call) if frames is None else frames.spec
+    spec, frames = images_of(call, request.target.isa.block)
     if spec is None or weight is None or spec.icg != 1 or spec.ocg != 1:
         return None
     if frames is not None:

@@ -7,8 +7,7 @@ from math import prod
 from torch import fx
 
 from graphopt import graph as G
-from graphopt.backends.kernels.conv import is_pointwise, one_row, spec_of
-from graphopt.backends.kernels.conv_frames import frames_of
+from graphopt.backends.kernels.conv import images_of, is_pointwise, one_row
 from graphopt.backends.kernels.conv_product import products, winograd_products, with_strassen
 from graphopt.backends.target import Target
 from graphopt.ops import OPS
@@ -31,8 +30,7 @@ def wants_blocks(
     if OPS[node.target].name != "convolution":
         return InBlocks()
     call, block = Call(node), target.isa.block
-    frames = frames_of(call, block)
-    spec = spec_of(call) if frames is None else frames.spec
+    spec, frames = images_of(call, block)
     if spec is None or G.constant(gm, call["weight"]) is None:
         return InBlocks()
     read = call.shape_of("input")

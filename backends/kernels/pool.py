@@ -88,7 +88,7 @@ def _as_images(
     kernel, stride, padding, dilation = windows
     spec, place, index = side_by_side(
         n, channels, size[2], out, kernel, stride, padding[2], dilation
-    )  # fmt: skip
+    )
 
     def inside(read: Reader, n: Expr, c: Expr, h: Expr, w: Expr) -> Expr:
         at = [value - padding[axis] for axis, value in enumerate(place(h))]

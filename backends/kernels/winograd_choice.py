@@ -58,7 +58,7 @@ _MOST_PLACES_ALONE = {2: 8, 3: 8}
 _MOST_ALONE = 10
 """Places of a tile's side by the kernel's longer side, and where the kernel is a row or a column,
 of more taps too. Of F(6×6,3×3) the error would be four times that of F(4×4,3×3), for 0 to 14 % of
-the time, of F(1×8,1×3) more than twice that, for 3 %; larger kernels take half the time or less
+the time, of F(1×8,1×3) more than twice that, for 4 %; larger kernels take half the time or less
 with eight places."""
 
 
