@@ -26,7 +26,7 @@ DISPUTED = (
     "test_resize_downsample_scales_cubic_align_corners",
     "test_maxunpool_export_with_output_shape",
 )
-AT_LEAST = 1000
+AT_LEAST = 1100
 
 
 def collect():

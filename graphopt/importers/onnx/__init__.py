@@ -15,6 +15,7 @@ from torch import fx
 from graphopt.importers.inputs import ExampleInputs
 from graphopt.importers.onnx import (
     activation,
+    attention,
     constant,
     conv,
     einsum,
@@ -34,6 +35,7 @@ from graphopt.importers.onnx.importer import Handler, import_graph
 
 HANDLERS: dict[str, Handler] = {
     **activation.HANDLERS,
+    **attention.HANDLERS,
     **constant.HANDLERS,
     **conv.HANDLERS,
     **einsum.HANDLERS,
