@@ -212,12 +212,14 @@ def cost(deep: DeepPlan, isa: Isa) -> float:
     """Estimated cycles of one core: the products, and gathering once for every group."""
     spec = deep.spec
     cut = split(deep.blocks.size, deep.pixels)
-    blocks = deep.channels.size
-    steps = cut.large * step_time(blocks, cut.size, isa)
-    steps += (cut.count - cut.large) * step_time(blocks, cut.size - 1, isa)
+    steps = sum(
+        rows * columns * step_time(vectors, pixels, isa)
+        for vectors, _, _, rows in deep.channels.kinds()
+        for pixels, _, _, columns in cut.kinds()
+    )
     depth = spec.icg * deep.taps
     images = spec.batch * deep.blocks.count
     gathering, speed = 0.0, isa.lanes() * isa.multiply_adds / 2
     if deep.gathers:
         gathering = deep.groups * deep.blocks.size * depth / speed * _GATHER_CYCLES
-    return images * (deep.channels.count * depth * steps + gathering)
+    return images * (depth * steps + gathering)

@@ -224,8 +224,18 @@ def cost(conv: ConvPlan, isa: Isa, *, plain: bool = False) -> float:
     Of a `plain` input a tile takes a few pixels of the cache lines of every channel.
     """
     spec = conv.spec
+    tiles = sum(
+        count * _tile_cost(conv, vectors, isa, plain)
+        for vectors, _, _, count in conv.channels.kinds()
+    )
+    return spec.batch * spec.groups * spec.icg * tiles
+
+
+def _tile_cost(conv: ConvPlan, vectors: int, isa: Isa, plain: bool) -> float:
+    """Cycles for all pixels of one image and so many blocks of channels, per input channel."""
+    spec = conv.spec
     depth = spec.icg * spec.kernel[0] * spec.kernel[1]
-    width = conv.channels.size * conv.block
+    width = vectors * conv.block
     far = depth * width * 4 > _PANEL_BYTES
     whole = used = 0.0
     for segment in conv.segments:
@@ -236,7 +246,7 @@ def cost(conv: ConvPlan, isa: Isa, *, plain: bool = False) -> float:
         def column(pixels: int, far_lines: bool = far_lines) -> float:
             if pixels == 0:
                 return 0.0
-            step = step_time(conv.channels.size, pixels, isa)
+            step = step_time(vectors, pixels, isa)
             if far:
                 step = max(step, width * 4 / _SECOND_LEVEL_BYTES) + _FAR
             return step + (_FAR_LINES if far_lines else 0.0)
@@ -246,5 +256,4 @@ def cost(conv: ConvPlan, isa: Isa, *, plain: bool = False) -> float:
         for kw in range(spec.kernel[1]):
             skipped = sum(each == kw for _, each in segment.skip)
             used += tiles * column(segment.pixels - skipped)
-    rows = min(spec.out_size[0] * spec.kernel[0] * whole, SKIPPING * spec.met(0) * used)
-    return spec.batch * spec.groups * conv.channels.count * spec.icg * rows
+    return min(spec.out_size[0] * spec.kernel[0] * whole, SKIPPING * spec.met(0) * used)

@@ -119,7 +119,8 @@ def with_strassen(
 ) -> list[Product]:
     """The ways of a pointwise convolution or matrix product, `direct`, and those of `strassen`.
 
-    The latter come first if the best of them pays; there are none where halves are no whole blocks.
+    The latter come first if the best of them pays; there are none for channels that are no whole
+    blocks.
 
     Args:
         direct: the other ways, the best first.

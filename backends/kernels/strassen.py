@@ -45,7 +45,8 @@ def pack_weights(weight: npt.NDArray[Any], plan: StrassenPlan) -> npt.NDArray[np
 
     That is by group, part, register tile, factor, input channel, output channel.
     """
-    matrix = weight.reshape(weight.shape[:2]).T.astype(np.float64)
+    matrix = np.zeros((2 * plan.half_depth, 2 * plan.half_channels))
+    matrix[: plan.spec.icg, : plan.spec.ocg] = weight.reshape(weight.shape[:2]).T
     (b11, b12), (b21, b22) = (np.split(half, 2, axis=1) for half in np.split(matrix, 2))
     t1 = b12 - b11
     factors = np.stack([b11, b21, b22 - t1, -t1])
@@ -153,9 +154,22 @@ class _Task:
             quarters = T.alloc_buffer((4 * size,), "float32", scope="local")
             for number, (lower, behind) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1))):
                 channel = behind * plan.half_depth + part * plan.depth + block * size
-                with loop(size, "vectorized") as lane:
-                    value = self.access.x(self.n, channel + lane, 0, pixel(pair, lower))
-                    T.buffer_store(quarters, value, [number * size + lane])
+
+                def put(value: Callable[[Expr], Expr], number: int = number) -> None:
+                    with loop(size, "vectorized") as lane:
+                        T.buffer_store(quarters, value(lane), [number * size + lane])
+
+                def read(lane: Expr, lower: int = lower, channel: Expr = channel) -> Expr:
+                    return self.access.x(self.n, channel + lane, 0, pixel(pair, lower))
+
+                if behind and plan.half_depth * 2 > plan.spec.icg:
+                    with T.If(channel < plan.spec.icg):
+                        with T.Then():
+                            put(read)
+                        with T.Else():
+                            put(lambda _: f32(0.0))
+                else:
+                    put(read)
             with loop(size, "vectorized") as lane:
                 a11, a12, a21, a22 = (quarters[i * size + lane] for i in range(4))
                 s1 = a21 + a22
@@ -336,15 +350,29 @@ class _Task:
                 with T.Else():
                     each_slot(keep)
 
+    def _stored(self, tile: _Tile, store: Callable[[int], None]) -> None:
+        """`store(blocks)` for the tile's blocks of channels, less the one that there is not."""
+        plan = self.plan
+        if plan.half_channels * 2 == plan.spec.ocg:
+            store(tile.vectors)
+            return
+        with T.If(tile.channel_block + tile.vectors <= plan.spec.ocg // plan.block):
+            with T.Then():
+                store(tile.vectors)
+            if tile.vectors > 1:
+                with T.Else():
+                    store(tile.vectors - 1)
+
     def _finish(self, tile: _Tile, acc: Any, rows: _Rows) -> None:
         """A short epilogue and the stores of a register tile."""
         plan, width = self.plan, tile.vectors * self.plan.block
         start = tile.pixel + rows.first
 
         def some(skipped: int, count: int) -> None:
-            finish(plan.spec, plan.block, acc, lambda p: (skipped + p) * width, count,
-                   tile.vectors, self.n, 0, lambda p: (0, start + skipped + p), tile.channel_block,
-                   self.access)  # fmt: skip
+            self._stored(tile, lambda vectors: finish(
+                plan.spec, plan.block, acc, lambda p: (skipped + p) * width, count, vectors,
+                self.n, 0, lambda p: (0, start + skipped + p), tile.channel_block, self.access,
+            ))  # fmt: skip
 
         last = rows.count - plan.is_ragged
         some(0, last)
@@ -358,8 +386,8 @@ class _Task:
         if plan.is_ragged:
             count = tirx.min(count, plan.spec.out_size[1] - tile.pixel)
         fence(self.access.fence)
-        finish_pixels(
+        self._stored(tile, lambda vectors: finish_pixels(
             plan.spec, plan.block, self.quarters, lambda p: tile.quarter + p * plan.width, count,
-            tile.vectors, self.n, 0, lambda p: (0, tile.pixel + p), tile.channel_block,
-            self.access, plan.together,
-        )  # fmt: skip
+            vectors, self.n, 0, lambda p: (0, tile.pixel + p), tile.channel_block, self.access,
+            plan.together,
+        ))  # fmt: skip

@@ -90,13 +90,13 @@ class StrassenPlan:
 
     @property
     def half_depth(self) -> int:
-        """Input channels of a quarter."""
-        return self.spec.icg // 2
+        """Input channels of a quarter; the second one may have a block less, and zeros instead."""
+        return _half(self.spec.icg, self.block) * self.block
 
     @property
     def half_channels(self) -> int:
-        """Output channels of a quarter."""
-        return self.spec.ocg // 2
+        """Output channels of a quarter; the second one may have a block less."""
+        return _half(self.spec.ocg, self.block) * self.block
 
     @property
     def depth(self) -> int:
@@ -159,17 +159,22 @@ class StrassenPlan:
         return f"strassen {self.width}×{self.pixels}"
 
 
+def _half(channels: int, block: int) -> int:
+    """Blocks of half the channels, or of the larger half."""
+    return -(-channels // (2 * block))
+
+
 def _apart(floats: int) -> int:
     """An odd number of cache lines, so that what lies as far apart does not meet in the cache."""
     return (-(-floats // LINE) | 1) * LINE
 
 
 def supports(spec: ConvSpec, block: int) -> bool:
-    """Products of one row of pixels by weights whose halves are whole blocks."""
+    """Products of one row of pixels by whole blocks of weights."""
     pointwise = spec.kernel == (1, 1) == spec.stride and spec.padding == (0, 0)
     one_row = pointwise and spec.groups == 1 and spec.in_size[0] == 1
-    halves = spec.icg % (2 * block) == 0 == spec.ocg % (2 * block)
-    return one_row and halves and spec.out_size[1] >= _FEWEST_PIXELS
+    blocks = spec.icg % block == 0 == spec.ocg % block and min(spec.icg, spec.ocg) > block
+    return one_row and blocks and spec.out_size[1] >= _FEWEST_PIXELS
 
 
 def plans(
@@ -203,12 +208,12 @@ def _candidates(
     spec: ConvSpec, isa: Isa, l2_bytes: int, cores: int, plain: bool
 ) -> Iterator[StrassenPlan]:
     block = isa.block
-    upper, out_blocks = -(-spec.out_size[1] // 2), spec.ocg // 2 // block
+    upper, out_blocks = -(-spec.out_size[1] // 2), _half(spec.ocg, block)
     fewest = -(-upper // _MOST_PAIRS)
     counts = {-(-fewest * more // n) * n for more in (1, 2) for n in thread_counts(cores)}
     for cut in {split(upper, -(-upper // count)) for count in counts}:
         inputs = PRODUCTS * 4 * cut.size * block
-        parts = _parts(spec.icg // 2 // block, l2_bytes * 3 // 4 // inputs)
+        parts = _parts(_half(spec.icg, block), l2_bytes * 3 // 4 // inputs)
         for tile in best_tiles(out_blocks, cut.size, isa):
             channels = split(out_blocks, tile.vectors)
             sums = 4 * 4 * cut.size * channels.size * block
