@@ -34,15 +34,17 @@ def wants_blocks(
     if spec is None or G.constant(gm, call["weight"]) is None:
         return InBlocks()
     read = call.shape_of("input")
-    if read[1] % block or (frames is not None and spec.groups > 1):
+    if frames is not None and spec.groups > 1:
         return InBlocks()
-    made = physical_size(call.shape, blocked(block), 1)
-    direct = products(spec, target)[0].cycles
+    # What is no whole blocks stays as it is, and Winograd's reads that, too.
+    plain = read[1] % block > 0
+    moved = physical_size(call.shape, blocked(block), 1) + (0 if plain else prod(read))
+    direct = products(spec, target, plain=plain)[0].cycles
     if winograd:
-        found, pays = winograd_products(spec, target, [spec])
-        if pays and direct - found[0].cycles > _MOVE * 4 * (prod(read) + made):
-            return InBlocks(reads=True, makes=True)
-    if strassen and is_pointwise(spec):
+        found, pays = winograd_products(spec, target, [spec], plain=plain)
+        if pays and direct - found[0].cycles > _MOVE * 4 * moved:
+            return InBlocks(reads=not plain, makes=True)
+    if strassen and is_pointwise(spec) and not plain:
         row = one_row(spec)
         fewer = with_strassen(products(row, target), row, target, plain=False)[0].cycles
         return InBlocks(reads=direct - fewer > _MOVE * 4 * prod(read))

@@ -11,6 +11,7 @@ from graphopt.program.layouts import InBlocks
 from tests.backends.harness import Builder, aten, check, origins
 
 NOTHING, READS, BOTH = InBlocks(), InBlocks(reads=True), InBlocks(reads=True, makes=True)
+MAKES = InBlocks(makes=True)
 
 
 def _wanted(
@@ -31,6 +32,7 @@ def test_what_pays(target: str) -> None:
     assert _wanted(target, image, 128, (3, 3), groups=2) == BOTH
     assert _wanted(target, image, 60, (3, 3)) == BOTH
     assert _wanted(target, line, 128, (3,)) == BOTH
+    assert _wanted(target, (98, 28, 28), 96, (3, 3)) == MAKES, "a block of the input is not whole"
     assert _wanted(target, (64, 5, 28, 28), 64, (1, 3, 3)) == BOTH
     assert _wanted(target, (768, 128), 768, (1,)) == READS
     assert _wanted(target, (384, 16, 16), 1152, (1, 1)) == READS
@@ -41,7 +43,7 @@ def test_what_does_not(target: str) -> None:
     image = (64, 28, 28)
     assert _wanted(target, (8, 28, 28), 8, (3, 3)) == NOTHING, "moving it takes longer"
     assert _wanted(target, image, 64, (1, 1)) == NOTHING, "too small for Strassen's products"
-    assert _wanted(target, (68, 28, 28), 64, (3, 3)) == NOTHING, "a block is not whole"
+    assert _wanted(target, (386, 16, 16), 1152, (1, 1)) == NOTHING, "a block is not whole"
     assert _wanted(target, image, 1, (1, 1)) == NOTHING
     assert _wanted(target, image, 64, (3, 3), winograd=False) == NOTHING
     assert _wanted(target, (768, 128), 768, (1,), strassen=False) == NOTHING
@@ -76,6 +78,19 @@ def test_between_plain_tensors(channels: int, kernel: int, stride: int, way: str
     b = Builder(1)
     _between_plain(b, b.input(b.random(2, channels, 29, 26)), channels, kernel, stride)
     assert way in origins(check(b, tolerance=4e-6))
+
+
+def test_gates_of_plain_tensors() -> None:
+    """As in a recurrent cell of images whose parts, joined, are no whole blocks: the reset gate's
+    product with the state is joined to the inputs again."""
+    b = Builder(3)
+    state, x = b.input(b.random(1, 64, 19, 22)), b.input(b.random(1, 34, 19, 22))
+    joined = b.op(aten.cat.default, [state, x], 1)
+    gate = b.op(aten.sigmoid.default, b.conv(joined, 64, (3, 3), padding=1))
+    kept = b.op(aten.mul.Tensor, gate, state)
+    y = b.conv(b.op(aten.cat.default, [kept, x], 1), 64, (3, 3), padding=1)
+    b.returns(b.op(aten.tanh.default, y))
+    assert origins(check(b, tolerance=1e-5)).count("winograd") == 2
 
 
 def test_sums_over_branches() -> None:
