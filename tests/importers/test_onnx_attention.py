@@ -114,6 +114,9 @@ def test_refused(inputs: Arrays, attributes: dict[str, int], complaint: str) -> 
     model = one_node("Attention", inputs, opset=23, order=order, **attributes)
     with pytest.raises(UnsupportedError, match=complaint):
         import_model(model, tuple(inputs.values()))
+
+
+def test_rotary_embedding_with_too_few_angles() -> None:
     angles = floats(2, 3, 3)
     turned = {"X": floats(2, 4, 3, 10), "cos": angles, "sin": angles}
     with pytest.raises(UnsupportedError, match="angles are of 3 pairs of channels, not of 5"):

@@ -78,11 +78,7 @@ def attention(ctx: Context, node: OnnxNode) -> tuple[Value, ...]:
             aten.scaled_dot_product_attention.default, q, k, v, mask.whole(ctx), 0.0, mask.causal,
             scale=scale, enable_gqa=grouped,
         )  # fmt: skip
-    if whole:
-        batch, heads, rows, width = shape(result)
-        joined = permute_to(ctx, result, (0, 2, 1, 3))
-        result = reshape_to(ctx, joined, [batch, rows, heads * width])
-    return (result, k, v, *scores)
+    return (_together(ctx, result) if whole else result, k, v, *scores)
 
 
 def _apart(ctx: Context, node: OnnxNode, x: Value, count: str) -> Value:
@@ -93,6 +89,13 @@ def _apart(ctx: Context, node: OnnxNode, x: Value, count: str) -> Value:
         raise Refused(f"{count} = {heads} does not divide its {width} columns")
     apart = reshape_to(ctx, x, [batch, rows, heads, width // heads])
     return permute_to(ctx, apart, (0, 2, 1, 3))
+
+
+def _together(ctx: Context, x: Value) -> Value:
+    """(batch, heads, rows, width) as (batch, rows, heads · width)."""
+    batch, heads, rows, width = shape(x)
+    turned = permute_to(ctx, x, (0, 2, 1, 3))
+    return reshape_to(ctx, turned, [batch, rows, heads * width])
 
 
 def _repeat(ctx: Context, x: Value, times: int) -> Value:
@@ -233,11 +236,7 @@ def rotary_embedding(ctx: Context, node: OnnxNode) -> Value:
     if turned < size:
         rest = ctx.op(aten.slice.Tensor, x, 3, turned, size)
         result = ctx.op(aten.cat.default, [result, rest], -1)
-    if not whole:
-        return result
-    batch, heads, rows, width = shape(result)
-    joined = permute_to(ctx, result, (0, 2, 1, 3))
-    return reshape_to(ctx, joined, [batch, rows, heads * width])
+    return _together(ctx, result) if whole else result
 
 
 HANDLERS: dict[str, Callable[[Context, OnnxNode], Value | tuple[Value, ...]]] = {
