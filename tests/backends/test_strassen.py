@@ -134,7 +134,7 @@ def test_samples_are_not_summed_with_each_other() -> None:
 @pytest.mark.parametrize(
     ("shape", "columns"), [((64, 64), 64), ((1, 64, 68), 64), ((1, 64, 64), 68), ((1, 1, 64), 64)]
 )
-def test_what_has_no_halves_is_multiplied_directly(shape: tuple[int, ...], columns: int) -> None:
+def test_other_sizes_are_multiplied_directly(shape: tuple[int, ...], columns: int) -> None:
     """Rows of a matrix may be samples; depth and columns must be whole blocks."""
     b = Builder()
     _linear(b, shape, columns)

@@ -76,7 +76,7 @@ def test_attention(case: str) -> None:
 
 
 def test_attention_is_one_operator() -> None:
-    """With what restricts the keys known beforehand; without it, the causal triangle is none."""
+    """Where nothing but the causal triangle restricts the keys, that is no mask but an option."""
     inputs = {"Q": SELF["Q"], "K": SELF["K"], "V": SELF["V"]}
     model = one_node("Attention", inputs, opset=23, is_causal=1)
     gm = import_model(model, tuple(inputs.values()))
