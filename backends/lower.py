@@ -39,6 +39,8 @@ TUNED = " (tuned)"
 """Behind the origin of a kernel that was not left to the cost model."""
 _SERIAL_WORK = 50_000
 """Operations below which handing work to another thread costs more than it saves."""
+_ELEMENT = 10
+"""Operations that could be done while an element of a result is brought and stored."""
 
 
 Choice = Callable[[Alternatives], str | None]
@@ -150,10 +152,8 @@ class Lowering:
         out = destination or self.add_arena(root)
         self.home[root] = out
         kernel = self.kernel(request, source)
-        grain = source.tasks
-        if source.flops + physical_size(G.shape(root), PLAIN, 1) > _SERIAL_WORK:
-            per_task = max(1, source.flops // source.tasks)
-            grain = max(1, min(source.tasks, _SERIAL_WORK // per_task))
+        work = source.flops + _ELEMENT * physical_size(G.shape(root), PLAIN, 1)
+        grain = -(-source.tasks * _SERIAL_WORK // max(1, work))
         self.in_place[out] = [
             self.locate(node) for node in source.in_place if self.read_once(node, source)
         ]
@@ -164,7 +164,7 @@ class Lowering:
                 reads=(*dict.fromkeys((*reads, *constants)),),
                 writes=(out,),
                 tasks=source.tasks,
-                grain=grain,
+                grain=min(source.tasks, grain),
                 scratch=source.scratch,
                 origin=G.merge_origins(group.nodes),
                 flops=source.flops,

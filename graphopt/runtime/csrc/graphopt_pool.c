@@ -13,7 +13,8 @@
 #define CHUNKS_LEFT UINT64_C(0xffff)
 #define NEXT_GENERATION UINT64_C(0x10000)
 /* More chunks than threads even out cores of different speed; 4 keeps the last wait under about a
- * quarter of one thread's share. */
+ * quarter of one thread's share. Equally fast threads get as many tasks each, or one less: there
+ * are a multiple of the threads' number of chunks, and the first ones have the task more. */
 #define CHUNKS_PER_THREAD 4
 /* Longer than the gaps between the steps of a model, shorter than anybody minds. */
 #define SPIN_NANOSECONDS 100000
@@ -72,10 +73,11 @@ static void work(graphopt_pool *pool, unsigned index) {
         /* The chunk is ours, so the step cannot end and its fields cannot change before we say
          * that it is finished. Chunks go in ascending order. */
         const int64_t taken = pool->chunks - (int64_t)(ticket & CHUNKS_LEFT);
-        const int64_t begin = taken * pool->chunk;
-        const int64_t end = begin + pool->chunk;
-        pool->function(pool->frame, scratch, (int32_t)begin,
-                       (int32_t)(end < pool->tasks ? end : pool->tasks));
+        const int64_t each = pool->tasks / pool->chunks;
+        const int64_t more = pool->tasks % pool->chunks;
+        const int64_t begin = taken * each + (taken < more ? taken : more);
+        const int64_t end = begin + each + (taken < more);
+        pool->function(pool->frame, scratch, (int32_t)begin, (int32_t)end);
         if (atomic_fetch_sub(&pool->pending, 1) == 1 && atomic_load(&pool->waiting)) {
             pthread_mutex_lock(&pool->lock);
             pthread_cond_signal(&pool->done);
@@ -112,22 +114,24 @@ static void wait_until_done(graphopt_pool *pool) {
     pthread_mutex_unlock(&pool->lock);
 }
 
+static uint64_t chunks_of(const graphopt_step *step, uint64_t threads) {
+    const int64_t tasks = step->tasks;
+    uint64_t chunks = (uint64_t)((tasks + step->grain - 1) / step->grain);
+    if (chunks > threads * CHUNKS_PER_THREAD) chunks = threads * CHUNKS_PER_THREAD;
+    return chunks > threads ? chunks - chunks % threads : chunks;
+}
+
 void graphopt_pool_run(graphopt_pool *pool, const graphopt_step *step,
                        const graphopt_frame *frame) {
-    const int64_t tasks = step->tasks;
-    const int64_t most = (int64_t)pool->threads * CHUNKS_PER_THREAD;
-    int64_t chunk = (tasks + most - 1) / most;
-    if (chunk < step->grain) chunk = step->grain;
-    if (tasks <= 0) return;
-    if (pool->threads == 1 || chunk >= tasks) {
+    if (step->tasks <= 0) return;
+    const uint64_t chunks = pool->threads == 1 ? 1 : chunks_of(step, pool->threads);
+    if (chunks == 1) {
         step->run(frame, pool->scratch, 0, step->tasks);
         return;
     }
-    const uint64_t chunks = (uint64_t)((tasks + chunk - 1) / chunk);
     pool->function = step->run;
     pool->frame = frame;
     pool->tasks = step->tasks;
-    pool->chunk = (int32_t)chunk;
     pool->chunks = (int32_t)chunks;
     atomic_store(&pool->pending, (uint32_t)chunks);
     const uint64_t generation = (atomic_load(&pool->ticket) | CHUNKS_LEFT) + 1;

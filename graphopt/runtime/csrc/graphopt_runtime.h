@@ -115,8 +115,7 @@ typedef struct graphopt_pool {
     _Alignas(GRAPHOPT_CACHE_LINE) graphopt_step_function *function;
     const graphopt_frame *frame;
     int32_t tasks;
-    int32_t chunk;  /* tasks in a chunk */
-    int32_t chunks; /* chunks in the step */
+    int32_t chunks;
 
     unsigned char *scratch; /* of thread 0; the others' follow */
     size_t scratch_bytes;
