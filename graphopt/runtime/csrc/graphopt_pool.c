@@ -10,12 +10,10 @@
 #include <signal.h>
 #include <time.h>
 
-#define CHUNKS_LEFT UINT64_C(0xffff)
-#define NEXT_GENERATION UINT64_C(0x10000)
 /* More chunks than threads even out cores of different speed; 4 keeps the last wait under about a
- * quarter of one thread's share. Equally fast threads get as many tasks each, or one less: there
- * are a multiple of the threads' number of chunks, and the first ones have the task more. */
+ * quarter of one thread's share. */
 #define CHUNKS_PER_THREAD 4
+#define BITS GRAPHOPT_MAX_THREADS
 /* Longer than the gaps between the steps of a model, shorter than anybody minds. */
 #define SPIN_NANOSECONDS 100000
 /* Enough for any kernel, and the same on every libc (musl's default is 128 KB). */
@@ -37,7 +35,7 @@ static void relax(void) {
 }
 
 static int has_work(graphopt_pool *pool) {
-    return (atomic_load(&pool->ticket) & CHUNKS_LEFT) != 0;
+    return atomic_load(&pool->untaken) != 0;
 }
 
 static int has_work_or_stops(graphopt_pool *pool) {
@@ -64,26 +62,34 @@ static int spin_until(graphopt_pool *pool, int (*ready)(graphopt_pool *)) {
     }
 }
 
-/* Takes chunks of the current step until none is left. */
+static uint64_t lowest_bits(unsigned count) {
+    return count < BITS ? (UINT64_C(1) << count) - 1 : ~UINT64_C(0);
+}
+
+/* Takes chunks of the current step until none is left: its own ones in ascending order, then the
+ * last ones of others. */
 static void work(graphopt_pool *pool, unsigned index) {
     void *const scratch = pool->scratch + index * pool->scratch_bytes;
-    uint64_t ticket = atomic_load(&pool->ticket);
-    while (ticket & CHUNKS_LEFT) {
-        if (!atomic_compare_exchange_weak(&pool->ticket, &ticket, ticket - 1)) continue;
+    const unsigned each = BITS / pool->threads;
+    const uint64_t own = lowest_bits(each) << index * each;
+    uint64_t untaken = atomic_load(&pool->untaken);
+    while (untaken) {
+        const unsigned bit = (unsigned)(untaken & own ? __builtin_ctzll(untaken & own)
+                                                      : BITS - 1 - __builtin_clzll(untaken));
+        if (!atomic_compare_exchange_weak(&pool->untaken, &untaken,
+                                          untaken & ~(UINT64_C(1) << bit)))
+            continue;
         /* The chunk is ours, so the step cannot end and its fields cannot change before we say
-         * that it is finished. Chunks go in ascending order. */
-        const int64_t taken = pool->chunks - (int64_t)(ticket & CHUNKS_LEFT);
-        const int64_t each = pool->tasks / pool->chunks;
-        const int64_t more = pool->tasks % pool->chunks;
-        const int64_t begin = taken * each + (taken < more ? taken : more);
-        const int64_t end = begin + each + (taken < more);
-        pool->function(pool->frame, scratch, (int32_t)begin, (int32_t)end);
+         * that it is finished. */
+        const int64_t chunk = (int64_t)(bit / each) * pool->share + bit % each;
+        pool->function(pool->frame, scratch, (int32_t)(chunk * pool->tasks / pool->chunks),
+                       (int32_t)((chunk + 1) * pool->tasks / pool->chunks));
         if (atomic_fetch_sub(&pool->pending, 1) == 1 && atomic_load(&pool->waiting)) {
             pthread_mutex_lock(&pool->lock);
             pthread_cond_signal(&pool->done);
             pthread_mutex_unlock(&pool->lock);
         }
-        ticket = atomic_load(&pool->ticket);
+        untaken = atomic_load(&pool->untaken);
     }
 }
 
@@ -93,10 +99,12 @@ static void *worker_main(void *argument) {
     while (!atomic_load(&pool->stopping)) {
         if (!spin_until(pool, has_work_or_stops)) {
             /* Either we see the step that is published after this increment, or its publisher sees
-             * the increment and, as we hold the lock until we really wait, wakes us. */
+             * the increment and, as we hold the lock until we really wait, wakes us. The step may
+             * be done before we are awake. We spin for the next one then: whoever slept again here
+             * would be late for every step that is shorter than a waking. */
             pthread_mutex_lock(&pool->lock);
             atomic_fetch_add(&pool->sleepers, 1);
-            while (!has_work_or_stops(pool)) pthread_cond_wait(&pool->work, &pool->lock);
+            if (!has_work_or_stops(pool)) pthread_cond_wait(&pool->work, &pool->lock);
             atomic_fetch_sub(&pool->sleepers, 1);
             pthread_mutex_unlock(&pool->lock);
         }
@@ -114,28 +122,30 @@ static void wait_until_done(graphopt_pool *pool) {
     pthread_mutex_unlock(&pool->lock);
 }
 
-static uint64_t chunks_of(const graphopt_step *step, uint64_t threads) {
-    const int64_t tasks = step->tasks;
-    uint64_t chunks = (uint64_t)((tasks + step->grain - 1) / step->grain);
-    if (chunks > threads * CHUNKS_PER_THREAD) chunks = threads * CHUNKS_PER_THREAD;
-    return chunks > threads ? chunks - chunks % threads : chunks;
-}
-
 void graphopt_pool_run(graphopt_pool *pool, const graphopt_step *step,
                        const graphopt_frame *frame) {
-    if (step->tasks <= 0) return;
-    const uint64_t chunks = pool->threads == 1 ? 1 : chunks_of(step, pool->threads);
-    if (chunks == 1) {
+    const int64_t tasks = step->tasks;
+    const int64_t wanted = (tasks + step->grain - 1) / step->grain;
+    if (tasks <= 0) return;
+    if (pool->threads == 1 || wanted == 1) {
         step->run(frame, pool->scratch, 0, step->tasks);
         return;
     }
+    /* As many chunks for each thread, so that equally fast ones have done at the same time. */
+    const unsigned each = BITS / pool->threads;
+    const int64_t homes = wanted < pool->threads ? wanted : pool->threads;
+    int64_t share = wanted / homes;
+    if (share > CHUNKS_PER_THREAD) share = CHUNKS_PER_THREAD;
+    if (share > each) share = each;
+    uint64_t untaken = 0;
+    for (int64_t i = 0; i < homes; i++) untaken |= lowest_bits((unsigned)share) << i * each;
     pool->function = step->run;
     pool->frame = frame;
     pool->tasks = step->tasks;
-    pool->chunks = (int32_t)chunks;
-    atomic_store(&pool->pending, (uint32_t)chunks);
-    const uint64_t generation = (atomic_load(&pool->ticket) | CHUNKS_LEFT) + 1;
-    atomic_store(&pool->ticket, generation + chunks);
+    pool->share = (int32_t)share;
+    pool->chunks = (int32_t)(homes * share);
+    atomic_store(&pool->pending, (uint32_t)pool->chunks);
+    atomic_store(&pool->untaken, untaken);
     if (atomic_load(&pool->sleepers)) {
         pthread_mutex_lock(&pool->lock);
         pthread_cond_broadcast(&pool->work);

@@ -102,9 +102,11 @@ unsigned graphopt_cpu_missing(char *text, size_t size);
 
 /* Workers that do one step's tasks together with the thread that calls. */
 typedef struct graphopt_pool {
-    /* Generation of the step (upper 48 bits) and how many of its chunks nobody has taken yet
-     * (lower 16). Whoever decrements it owns a chunk of that very step; 0 left means rest. */
-    _Alignas(GRAPHOPT_CACHE_LINE) _Atomic uint64_t ticket;
+    /* The chunks of the current step that nobody has taken yet, a bit each. Bits are dealt out to
+     * the threads evenly, and a thread's chunks are the first of its bits: it takes these before
+     * others', so that from step to step it works where its own results lie. Whoever clears a bit
+     * owns the chunk. */
+    _Alignas(GRAPHOPT_CACHE_LINE) _Atomic uint64_t untaken;
     /* Chunks of the current step that are not finished. */
     _Alignas(GRAPHOPT_CACHE_LINE) _Atomic uint32_t pending;
     _Atomic uint32_t sleepers; /* workers parked on `work` */
@@ -116,6 +118,7 @@ typedef struct graphopt_pool {
     const graphopt_frame *frame;
     int32_t tasks;
     int32_t chunks;
+    int32_t share; /* chunks of a thread */
 
     unsigned char *scratch; /* of thread 0; the others' follow */
     size_t scratch_bytes;
