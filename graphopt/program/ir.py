@@ -72,7 +72,8 @@ class Step:
         reads: the buffers among `args` that are read.
         writes: the buffers among `args` that are written.
         tasks: number of independent tasks.
-        grain: fewest tasks worth handing to another thread; `grain >= tasks` runs on the caller.
+        grain: a step of so many tasks at most runs on the caller; of more, there is a chunk for
+            each `grain` at most.
         scratch: bytes of scratch memory each thread needs (0: the kernel has no such parameter).
         origin: where in the user's model the work comes from.
         flops: floating-point operations of the whole step (a multiply-add is two).

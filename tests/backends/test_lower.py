@@ -261,6 +261,14 @@ def test_small_steps_stay_on_one_thread() -> None:
     assert steps[512, 512].grain < steps[512, 512].tasks / 4
 
 
+def test_large_moves_are_shared_among_threads() -> None:
+    b = Builder(13)
+    b.returns(b.op(aten.permute.default, b.input(b.random(64, 32, 48)), [2, 1, 0]))
+    (step,) = lower(b.finish(), HOST, "m").steps
+    assert step.flops == 0
+    assert step.tasks >= 8 * step.grain
+
+
 def test_what_the_caller_gets_is_not_read_by_blocked_kernels() -> None:
     """A returned tensor of 10 channels has no padding channels behind it that a kernel may read."""
     b = Builder(20)

@@ -9,25 +9,24 @@
 const graphopt_model_data graphopt_model = {.feature_count = 0};
 
 static _Atomic int32_t *counts;
+enum { KNOWN = 64 };
+static _Atomic int32_t of_caller[KNOWN]; /* how often the calling thread did the first tasks */
 static _Atomic uint64_t threads_seen; /* one bit per thread that did something */
 static unsigned char *scratch_base;
 static unsigned slow_thread;  /* sleeps before each of its chunks; 0: none */
 static _Atomic int32_t slow_tasks; /* what it did all the same */
-enum { EVERYBODY = 255, SHORT_STEPS = 254 };
-
-static void compute(void) {
-    const uint64_t end = graphopt_now() + 3000;
-    while (graphopt_now() < end) continue;
-}
+enum { EVERYBODY = 255 };
 
 static void count(const graphopt_frame *frame, void *scratch, int32_t begin, int32_t end) {
     const unsigned thread = (unsigned)((unsigned char *)scratch - scratch_base) / 64;
     (void)frame;
     threads_seen |= UINT64_C(1) << (thread & 63);
     if (slow_thread == EVERYBODY || (slow_thread && thread == slow_thread)) usleep(2000);
-    if (slow_thread == SHORT_STEPS) compute();
-    if (thread == (slow_thread == SHORT_STEPS ? 1 : slow_thread)) slow_tasks += end - begin;
-    for (int32_t task = begin; task < end; task++) counts[task]++;
+    if (thread == slow_thread) slow_tasks += end - begin;
+    for (int32_t task = begin; task < end; task++) {
+        counts[task]++;
+        if (!thread && task < KNOWN) of_caller[task]++;
+    }
 }
 
 /* Runs `steps` steps of so many tasks; counts[task] is incremented once per step. Returns the set
@@ -48,9 +47,9 @@ __attribute__((visibility("default"))) uint64_t cover(unsigned threads, int32_t 
     threads_seen = 0;
     slow_thread = slow;
     slow_tasks = 0;
+    memset((void *)of_caller, 0, sizeof of_caller);
     if (graphopt_pool_start(pool)) return 0;
     const graphopt_step step = {count, tasks, grain};
-    if (slow == SHORT_STEPS) usleep(5000); /* until the workers are parked */
     for (int32_t i = 0; i < steps; i++) graphopt_pool_run(pool, &step, NULL);
     graphopt_pool_stop(pool);
     for (int32_t i = 0; i < tasks; i++) result[i] = counts[i];
@@ -62,6 +61,10 @@ __attribute__((visibility("default"))) uint64_t cover(unsigned threads, int32_t 
 }
 
 __attribute__((visibility("default"))) int32_t share_of_the_slow(void) { return slow_tasks; }
+
+__attribute__((visibility("default"))) int32_t share_of_the_caller(int32_t task) {
+    return of_caller[task];
+}
 
 #ifdef HARNESS_MAIN
 int main(void) {

@@ -164,7 +164,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 @settings(max_examples=150, deadline=None)
 @given(
-    threads=st.integers(1, 9),
+    threads=st.one_of(st.integers(1, 9), st.sampled_from([33, 64])),
     tasks=st.integers(0, 200),
     grain=st.one_of(st.integers(1, 250), st.just(2**31 - 1)),
     steps=st.integers(1, 8),
@@ -190,6 +190,17 @@ def test_the_share_of_a_slow_worker_is_done_by_others(pool: ctypes.CDLL) -> None
     assert pool.cover(2, 64, 1, 20, 1, counts)
     assert set(counts) == {20}
     assert pool.share_of_the_slow() <= 20 * 64 // 4, "at most two of the eight chunks of a step"
+
+
+def test_threads_come_back_to_their_tasks(pool: ctypes.CDLL) -> None:
+    tasks, steps = 14, 20
+    counts = (ctypes.c_int32 * tasks)()
+    everybody_sleeps = 255
+    assert pool.cover(2, tasks, 1, steps, everybody_sleeps, counts) == 0b11
+    caller = [pool.share_of_the_caller(task) for task in range(tasks)]
+    # Eight chunks of one or two tasks; those that begin late lose some to the other thread.
+    assert sum(caller[:7]) > 0.7 * 7 * steps
+    assert sum(caller[7:]) < 0.3 * 7 * steps
 
 
 def test_few_tasks_stay_on_the_caller(pool: ctypes.CDLL) -> None:

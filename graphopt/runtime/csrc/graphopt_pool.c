@@ -1,8 +1,10 @@
 /* The thread pool: hands the tasks of a step out in chunks to whoever is awake.
  *
- * The caller publishes a step by one store to `ticket`, works like everybody else until no chunk is
- * left, and then waits for the chunks others have begun. A worker that wakes late finds its share
- * done, and one that never wakes holds nobody up. Spinning is bounded; who waits longer parks. */
+ * The caller publishes a step by one store to `untaken`, works like everybody else until no chunk
+ * is left, and then waits for the chunks others have begun. Each thread has chunks of its own, at
+ * the same part of every step, which it takes first: its caches hold what it has made of that part.
+ * A worker that wakes late finds its share done, and one that never wakes holds nobody up. Spinning
+ * is bounded; who waits longer parks. */
 #define _GNU_SOURCE /* sched_getaffinity */
 #include "graphopt_runtime.h"
 
@@ -13,6 +15,7 @@
 /* More chunks than threads even out cores of different speed; 4 keeps the last wait under about a
  * quarter of one thread's share. */
 #define CHUNKS_PER_THREAD 4
+/* Of `untaken`. */
 #define BITS GRAPHOPT_MAX_THREADS
 /* Longer than the gaps between the steps of a model, shorter than anybody minds. */
 #define SPIN_NANOSECONDS 100000

@@ -60,7 +60,7 @@ typedef void graphopt_step_function(const graphopt_frame *frame, void *scratch, 
 typedef struct {
     graphopt_step_function *run;
     int32_t tasks;
-    int32_t grain; /* fewest tasks worth handing to another thread */
+    int32_t grain; /* a step of so many tasks at most stays with the caller */
 } graphopt_step;
 
 /* One instruction set extension and how to ask for it.
@@ -102,10 +102,8 @@ unsigned graphopt_cpu_missing(char *text, size_t size);
 
 /* Workers that do one step's tasks together with the thread that calls. */
 typedef struct graphopt_pool {
-    /* The chunks of the current step that nobody has taken yet, a bit each. Bits are dealt out to
-     * the threads evenly, and a thread's chunks are the first of its bits: it takes these before
-     * others', so that from step to step it works where its own results lie. Whoever clears a bit
-     * owns the chunk. */
+    /* The chunks of the current step that nobody has taken yet, a bit each: every thread has as
+     * many bits, and its chunks are the first of them. Whoever clears a bit owns the chunk. */
     _Alignas(GRAPHOPT_CACHE_LINE) _Atomic uint64_t untaken;
     /* Chunks of the current step that are not finished. */
     _Alignas(GRAPHOPT_CACHE_LINE) _Atomic uint32_t pending;
