@@ -23,7 +23,7 @@ from graphopt.errors import GraphoptError
 from graphopt.program.ir import ALIGNMENT, Buffer, Program, Step
 
 WEIGHTS_FILE = "weights.bin"
-MAX_THREADS = 64  # GRAPHOPT_MAX_THREADS in csrc/graphopt_api.h
+MAX_THREADS = 128  # GRAPHOPT_MAX_THREADS in csrc/graphopt_api.h
 
 # numpy name → C type in the header.
 C_TYPES: Mapping[str, str] = {

@@ -31,7 +31,7 @@ static void check_create(void) {
     if (!arena) abort();
     EXPECT(rows_create(NULL, NULL), ROWS_ERROR_ARGUMENT, NULL, "NULL");
     options.threads = ROWS_MAX_THREADS + 1;
-    EXPECT(rows_create(&context, &options), ROWS_ERROR_ARGUMENT, NULL, "65 threads");
+    EXPECT(rows_create(&context, &options), ROWS_ERROR_ARGUMENT, NULL, "129 threads");
     if (context) failures++;
     options.threads = 2;
     options.arena_size = needed;
@@ -92,7 +92,7 @@ static void check_info(void) {
         failures++;
     if (info->inputs[0].shape[0] != x_shape[0] || info->inputs[0].bytes != sizeof x) failures++;
     if (info->outputs[1].rank != 0 || strcmp(info->step_names[2], "pick")) failures++;
-    if (rows_arena_size(3) - rows_arena_size(2) != 128 || rows_arena_size(65)) failures++;
+    if (rows_arena_size(3) - rows_arena_size(2) != 128 || rows_arena_size(129)) failures++;
     if (strcmp(rows_status_text(ROWS_ERROR_BUSY), "the context is in use by another thread"))
         failures++;
 }

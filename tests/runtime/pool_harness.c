@@ -35,15 +35,16 @@ __attribute__((visibility("default"))) uint64_t cover(unsigned threads, int32_t 
                                                       int32_t grain, int32_t steps,
                                                       unsigned slow, int32_t *result) {
     graphopt_pool *pool = aligned_alloc(GRAPHOPT_CACHE_LINE, sizeof *pool);
-    pthread_t *workers = calloc(threads, sizeof *workers);
+    graphopt_share *shares = aligned_alloc(GRAPHOPT_CACHE_LINE, threads * sizeof *shares);
     scratch_base = aligned_alloc(GRAPHOPT_CACHE_LINE, (size_t)threads * 64);
     counts = calloc((size_t)tasks + 1, sizeof *counts);
-    if (!pool || !workers || !scratch_base || !counts) return 0;
+    if (!pool || !shares || !scratch_base || !counts) return 0;
     memset(pool, 0, sizeof *pool);
     pool->threads = threads;
     pool->scratch = scratch_base;
     pool->scratch_bytes = 64;
-    pool->workers = workers;
+    memset(shares, 0, threads * sizeof *shares);
+    pool->shares = shares;
     threads_seen = 0;
     slow_thread = slow;
     slow_tasks = 0;
@@ -55,7 +56,7 @@ __attribute__((visibility("default"))) uint64_t cover(unsigned threads, int32_t 
     for (int32_t i = 0; i < tasks; i++) result[i] = counts[i];
     free((void *)counts);
     free(scratch_base);
-    free(workers);
+    free(shares);
     free(pool);
     return tasks ? threads_seen : 1;
 }

@@ -78,7 +78,7 @@ typedef struct graphopt_info {
     const char *const *step_names;
 } graphopt_info;
 
-#define GRAPHOPT_MAX_THREADS 64
+#define GRAPHOPT_MAX_THREADS 128
 #define GRAPHOPT_ARENA_ALIGNMENT 64
 
 /* The model's interface and needs. Never NULL, valid for ever, works on any CPU. */

@@ -1,10 +1,14 @@
 /* The thread pool: hands the tasks of a step out in chunks to whoever is awake.
  *
- * The caller publishes a step by one store to `untaken`, works like everybody else until no chunk
- * is left, and then waits for the chunks others have begun. Each thread has chunks of its own, at
- * the same part of every step, which it takes first: its caches hold what it has made of that part.
- * A worker that wakes late finds its share done, and one that never wakes holds nobody up. Spinning
- * is bounded; who waits longer parks. */
+ * Each thread has a share of the chunks, the same part of every step, because its caches hold what
+ * it has made of that part. The caller publishes a share by one store to the thread's `untaken`,
+ * works like everybody else, and then waits for what others have begun. Who has done its own share
+ * takes the last chunks of others', so a worker that wakes late finds its share done, and one that
+ * never wakes holds nobody up. Spinning is bounded; who waits longer parks.
+ *
+ * Of many a model the steps take microseconds, and a cache line takes a tenth of one from core to
+ * core. So all that a thread must know of a step is in one line, and it says but once that its
+ * chunks are finished. */
 #define _GNU_SOURCE /* sched_getaffinity */
 #include "graphopt_runtime.h"
 
@@ -15,8 +19,6 @@
 /* More chunks than threads even out cores of different speed; 4 keeps the last wait under about a
  * quarter of one thread's share. */
 #define CHUNKS_PER_THREAD 4
-/* Of `untaken`. */
-#define BITS GRAPHOPT_MAX_THREADS
 /* Longer than the gaps between the steps of a model, shorter than anybody minds. */
 #define SPIN_NANOSECONDS 100000
 /* Enough for any kernel, and the same on every libc (musl's default is 128 KB). */
@@ -37,25 +39,31 @@ static void relax(void) {
 #endif
 }
 
-static int has_work(graphopt_pool *pool) {
-    return atomic_load(&pool->untaken) != 0;
+/* The chunks [first, end) of a share that nobody has taken. */
+static uint32_t range(uint32_t first, uint32_t end) { return end << 16 | first; }
+static uint32_t first_of(uint32_t untaken) { return untaken & 0xffff; }
+static uint32_t end_of(uint32_t untaken) { return untaken >> 16; }
+static int is_empty(uint32_t untaken) { return first_of(untaken) >= end_of(untaken); }
+
+static int has_work_or_stops(graphopt_pool *pool, unsigned index) {
+    return !is_empty(atomic_load(&pool->shares[index].untaken)) || atomic_load(&pool->stopping);
 }
 
-static int has_work_or_stops(graphopt_pool *pool) {
-    return has_work(pool) || atomic_load(&pool->stopping);
+/* Whether others have finished so many chunks. */
+static int is_done(graphopt_pool *pool, unsigned chunks) {
+    return atomic_load(&pool->finished) == chunks;
 }
-
-static int is_done(graphopt_pool *pool) { return atomic_load(&pool->pending) == 0; }
 
 /* Spins until `ready`, at most the pool's spin time; returns whether it is. */
-static int spin_until(graphopt_pool *pool, int (*ready)(graphopt_pool *)) {
+static int spin_until(graphopt_pool *pool, int (*ready)(graphopt_pool *, unsigned),
+                      unsigned argument) {
     uint64_t deadline = 0;
-    if (ready(pool)) return 1;
+    if (ready(pool, argument)) return 1;
     if (!pool->spin) return 0;
     for (;;) {
         for (int i = 0; i < 64; i++) {
             relax();
-            if (ready(pool)) return 1;
+            if (ready(pool, argument)) return 1;
         }
         /* Whoever we wait for may be waiting for this very core. */
         sched_yield();
@@ -65,97 +73,104 @@ static int spin_until(graphopt_pool *pool, int (*ready)(graphopt_pool *)) {
     }
 }
 
-static uint64_t lowest_bits(unsigned count) {
-    return count < BITS ? (UINT64_C(1) << count) - 1 : ~UINT64_C(0);
+/* Takes and does a chunk of this share, the first one or the last; returns whether there was one. */
+static int take(graphopt_share *share, int last, void *scratch) {
+    uint32_t untaken = atomic_load(&share->untaken);
+    uint32_t chunk, rest;
+    do {
+        const uint32_t first = first_of(untaken), end = end_of(untaken);
+        if (is_empty(untaken)) return 0;
+        chunk = last ? end - 1 : first;
+        rest = last ? range(first, end - 1) : range(first + 1, end);
+    } while (!atomic_compare_exchange_weak(&share->untaken, &untaken, rest));
+    /* The chunk is ours, so the step cannot end and its fields cannot change before we say that it
+     * is finished. */
+    const int64_t tasks = share->tasks;
+    share->function(share->frame, scratch, (int32_t)(chunk * tasks / share->chunks),
+                    (int32_t)((chunk + 1) * tasks / share->chunks));
+    return 1;
 }
 
-/* Takes chunks of the current step until none is left: its own ones in ascending order, then the
- * last ones of others. */
-static void work(graphopt_pool *pool, unsigned index) {
+/* Does chunks of the current step until none is left: its own in ascending order, then the last
+ * ones of others. Returns how many it did. */
+static unsigned work(graphopt_pool *pool, unsigned index) {
     void *const scratch = pool->scratch + index * pool->scratch_bytes;
-    const unsigned each = BITS / pool->threads;
-    const uint64_t own = lowest_bits(each) << index * each;
-    uint64_t untaken = atomic_load(&pool->untaken);
-    while (untaken) {
-        const unsigned bit = (unsigned)(untaken & own ? __builtin_ctzll(untaken & own)
-                                                      : BITS - 1 - __builtin_clzll(untaken));
-        if (!atomic_compare_exchange_weak(&pool->untaken, &untaken,
-                                          untaken & ~(UINT64_C(1) << bit)))
-            continue;
-        /* The chunk is ours, so the step cannot end and its fields cannot change before we say
-         * that it is finished. */
-        const int64_t chunk = (int64_t)(bit / each) * pool->share + bit % each;
-        pool->function(pool->frame, scratch, (int32_t)(chunk * pool->tasks / pool->chunks),
-                       (int32_t)((chunk + 1) * pool->tasks / pool->chunks));
-        if (atomic_fetch_sub(&pool->pending, 1) == 1 && atomic_load(&pool->waiting)) {
-            pthread_mutex_lock(&pool->lock);
-            pthread_cond_signal(&pool->done);
-            pthread_mutex_unlock(&pool->lock);
-        }
-        untaken = atomic_load(&pool->untaken);
+    unsigned did = 0;
+    for (unsigned i = 0; i < pool->threads; i++) {
+        graphopt_share *const share = &pool->shares[(index + i) % pool->threads];
+        while (take(share, i > 0, scratch)) did++;
     }
+    return did;
 }
 
 static void *worker_main(void *argument) {
     graphopt_pool *const pool = argument;
     const unsigned index = atomic_fetch_add(&pool->arrived, 1) + 1;
+    graphopt_share *const share = &pool->shares[index];
     while (!atomic_load(&pool->stopping)) {
-        if (!spin_until(pool, has_work_or_stops)) {
-            /* Either we see the step that is published after this increment, or its publisher sees
-             * the increment and, as we hold the lock until we really wait, wakes us. The step may
+        if (!spin_until(pool, has_work_or_stops, index)) {
+            /* Either we see the chunks that are published after this store, or their publisher sees
+             * what is stored and, as we hold the lock until we really wait, wakes us. The step may
              * be done before we are awake. We spin for the next one then: whoever slept again here
              * would be late for every step that is shorter than a waking. */
             pthread_mutex_lock(&pool->lock);
-            atomic_fetch_add(&pool->sleepers, 1);
-            if (!has_work_or_stops(pool)) pthread_cond_wait(&pool->work, &pool->lock);
-            atomic_fetch_sub(&pool->sleepers, 1);
+            atomic_store(&share->asleep, 1);
+            if (!has_work_or_stops(pool, index)) pthread_cond_wait(&share->wake, &pool->lock);
+            atomic_store(&share->asleep, 0);
             pthread_mutex_unlock(&pool->lock);
         }
-        work(pool, index);
+        const unsigned did = work(pool, index);
+        if (!did) continue;
+        atomic_fetch_add(&pool->finished, did);
+        if (atomic_load(&pool->waiting)) {
+            pthread_mutex_lock(&pool->lock);
+            pthread_cond_signal(&pool->done);
+            pthread_mutex_unlock(&pool->lock);
+        }
     }
     return NULL;
 }
 
-static void wait_until_done(graphopt_pool *pool) {
-    if (spin_until(pool, is_done)) return;
+static void wait_until_done(graphopt_pool *pool, unsigned chunks) {
+    if (spin_until(pool, is_done, chunks)) return;
     pthread_mutex_lock(&pool->lock);
     atomic_store(&pool->waiting, 1);
-    while (!is_done(pool)) pthread_cond_wait(&pool->done, &pool->lock);
+    while (!is_done(pool, chunks)) pthread_cond_wait(&pool->done, &pool->lock);
     atomic_store(&pool->waiting, 0);
+    pthread_mutex_unlock(&pool->lock);
+}
+
+static void wake(graphopt_pool *pool, unsigned index) {
+    pthread_mutex_lock(&pool->lock);
+    pthread_cond_signal(&pool->shares[index].wake);
     pthread_mutex_unlock(&pool->lock);
 }
 
 void graphopt_pool_run(graphopt_pool *pool, const graphopt_step *step,
                        const graphopt_frame *frame) {
-    const int64_t tasks = step->tasks;
-    const int64_t wanted = (tasks + step->grain - 1) / step->grain;
-    if (tasks <= 0) return;
+    const int64_t wanted = ((int64_t)step->tasks + step->grain - 1) / step->grain;
+    if (step->tasks <= 0) return;
     if (pool->threads == 1 || wanted == 1) {
         step->run(frame, pool->scratch, 0, step->tasks);
         return;
     }
     /* As many chunks for each thread, so that equally fast ones have done at the same time. */
-    const unsigned each = BITS / pool->threads;
-    const int64_t homes = wanted < pool->threads ? wanted : pool->threads;
-    int64_t share = wanted / homes;
-    if (share > CHUNKS_PER_THREAD) share = CHUNKS_PER_THREAD;
-    if (share > each) share = each;
-    uint64_t untaken = 0;
-    for (int64_t i = 0; i < homes; i++) untaken |= lowest_bits((unsigned)share) << i * each;
-    pool->function = step->run;
-    pool->frame = frame;
-    pool->tasks = step->tasks;
-    pool->share = (int32_t)share;
-    pool->chunks = (int32_t)(homes * share);
-    atomic_store(&pool->pending, (uint32_t)pool->chunks);
-    atomic_store(&pool->untaken, untaken);
-    if (atomic_load(&pool->sleepers)) {
-        pthread_mutex_lock(&pool->lock);
-        pthread_cond_broadcast(&pool->work);
-        pthread_mutex_unlock(&pool->lock);
+    const uint32_t shares = wanted < pool->threads ? (uint32_t)wanted : pool->threads;
+    const uint32_t each =
+        wanted / shares < CHUNKS_PER_THREAD ? (uint32_t)(wanted / shares) : CHUNKS_PER_THREAD;
+    atomic_store(&pool->finished, 0);
+    for (uint32_t i = shares; i-- > 0;) {
+        graphopt_share *const share = &pool->shares[i];
+        share->function = step->run;
+        share->frame = frame;
+        share->tasks = step->tasks;
+        share->chunks = (int32_t)(shares * each);
+        atomic_store(&share->untaken, range(i * each, (i + 1) * each));
     }
-    work(pool, 0);
-    wait_until_done(pool);
+    for (uint32_t i = 1; i < shares; i++)
+        if (atomic_load(&pool->shares[i].asleep)) wake(pool, i);
+    const unsigned did = work(pool, 0);
+    wait_until_done(pool, shares * each - did);
 }
 
 /* Spinning only pays while every thread has a core of its own. */
@@ -173,7 +188,7 @@ int graphopt_pool_start(graphopt_pool *pool) {
     if (pool->threads == 1) return 0;
     pool->spin = spin_time(pool->threads);
     if ((error = pthread_mutex_init(&pool->lock, NULL))) return error;
-    pthread_cond_init(&pool->work, NULL);
+    for (unsigned i = 1; i < pool->threads; i++) pthread_cond_init(&pool->shares[i].wake, NULL);
     pthread_cond_init(&pool->done, NULL);
     pthread_attr_init(&attributes);
     pthread_attr_setstacksize(&attributes, WORKER_STACK);
@@ -181,7 +196,8 @@ int graphopt_pool_start(graphopt_pool *pool) {
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     while (!error && pool->started < pool->threads - 1) {
-        error = pthread_create(&pool->workers[pool->started], &attributes, worker_main, pool);
+        pthread_t *const worker = &pool->shares[pool->started + 1].worker;
+        error = pthread_create(worker, &attributes, worker_main, pool);
         if (!error) pool->started++;
     }
     pthread_sigmask(SIG_SETMASK, &before, NULL);
@@ -192,12 +208,10 @@ int graphopt_pool_start(graphopt_pool *pool) {
 
 void graphopt_pool_stop(graphopt_pool *pool) {
     if (pool->threads == 1) return;
-    pthread_mutex_lock(&pool->lock);
     atomic_store(&pool->stopping, 1);
-    pthread_cond_broadcast(&pool->work);
-    pthread_mutex_unlock(&pool->lock);
-    for (unsigned i = 0; i < pool->started; i++) pthread_join(pool->workers[i], NULL);
+    for (unsigned i = 1; i <= pool->started; i++) wake(pool, i);
+    for (unsigned i = 0; i < pool->started; i++) pthread_join(pool->shares[i + 1].worker, NULL);
     pthread_cond_destroy(&pool->done);
-    pthread_cond_destroy(&pool->work);
+    for (unsigned i = 1; i < pool->threads; i++) pthread_cond_destroy(&pool->shares[i].wake);
     pthread_mutex_destroy(&pool->lock);
 }

@@ -126,7 +126,7 @@ graphopt_status graphopt_create(graphopt_context **context, const graphopt_optio
 
     const unsigned threads = options->threads ? options->threads : info->threads;
     const size_t own_bytes = GRAPHOPT_ALIGN(sizeof(graphopt_context));
-    const size_t list_bytes = GRAPHOPT_ALIGN(threads * sizeof(pthread_t));
+    const size_t list_bytes = threads * sizeof(graphopt_share);
     graphopt_context *const made = aligned_alloc(GRAPHOPT_CACHE_LINE, own_bytes + list_bytes);
     if (!made)
         return fail(NULL, GRAPHOPT_ERROR_MEMORY, "%s: no memory for a context", info->name);
@@ -147,7 +147,7 @@ graphopt_status graphopt_create(graphopt_context **context, const graphopt_optio
     made->pool.threads = threads;
     made->pool.scratch = made->frame.arena + arena_bytes();
     made->pool.scratch_bytes = scratch_bytes();
-    made->pool.workers = (pthread_t *)((unsigned char *)made + own_bytes);
+    made->pool.shares = (graphopt_share *)((unsigned char *)made + own_bytes);
     advise_tables();
     const int error = graphopt_pool_start(&made->pool);
     if (error) {

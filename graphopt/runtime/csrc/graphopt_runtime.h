@@ -100,38 +100,42 @@ unsigned graphopt_cpu_missing(char *text, size_t size);
 
 /* --- graphopt_pool.c -------------------------------------------------------------------------- */
 
+/* What one thread is to do of the current step. The fields behind `untaken` are written only while
+ * nobody owns a chunk, and read only by owners of a chunk of this share. */
+typedef struct {
+    /* The chunks that nobody has taken yet, from the lower 16 bits' up to the upper ones'. Whoever
+     * takes one off owns it. */
+    _Alignas(GRAPHOPT_CACHE_LINE) _Atomic uint32_t untaken;
+    int32_t tasks;  /* of the whole step */
+    int32_t chunks; /* of the whole step */
+    graphopt_step_function *function;
+    const graphopt_frame *frame;
+    _Atomic uint32_t asleep; /* whether the worker is parked on `wake` */
+    /* Not of share 0, which is the caller's. */
+    pthread_t worker;
+    pthread_cond_t wake;
+} graphopt_share;
+
 /* Workers that do one step's tasks together with the thread that calls. */
 typedef struct graphopt_pool {
-    /* The chunks of the current step that nobody has taken yet, a bit each: every thread has as
-     * many bits, and its chunks are the first of them. Whoever clears a bit owns the chunk. */
-    _Alignas(GRAPHOPT_CACHE_LINE) _Atomic uint64_t untaken;
-    /* Chunks of the current step that are not finished. */
-    _Alignas(GRAPHOPT_CACHE_LINE) _Atomic uint32_t pending;
-    _Atomic uint32_t sleepers; /* workers parked on `work` */
-    _Atomic uint32_t waiting;  /* whether the caller is parked on `done` */
+    /* Chunks of the current step that workers have finished. */
+    _Alignas(GRAPHOPT_CACHE_LINE) _Atomic uint32_t finished;
+    _Alignas(GRAPHOPT_CACHE_LINE) _Atomic uint32_t waiting; /* whether the caller is parked */
     _Atomic uint32_t stopping;
+    _Atomic uint32_t arrived; /* gives each worker its index */
 
-    /* The current step: written only while no chunk is owned, read only by owners of a chunk. */
-    _Alignas(GRAPHOPT_CACHE_LINE) graphopt_step_function *function;
-    const graphopt_frame *frame;
-    int32_t tasks;
-    int32_t chunks;
-    int32_t share; /* chunks of a thread */
-
+    graphopt_share *shares; /* of each thread */
     unsigned char *scratch; /* of thread 0; the others' follow */
     size_t scratch_bytes;
     uint64_t spin; /* nanoseconds to spin before parking */
     unsigned threads;
     unsigned started; /* workers to join */
     pthread_mutex_t lock;
-    pthread_cond_t work;
     pthread_cond_t done;
-    pthread_t *workers;      /* threads - 1 of them */
-    _Atomic uint32_t arrived; /* gives each worker its index */
 } graphopt_pool;
 
 uint64_t graphopt_now(void); /* monotonic nanoseconds */
-/* Fields threads, scratch, scratch_bytes and workers are set, all else zero. Returns 0, or an
+/* Fields threads, scratch, scratch_bytes and shares are set, all else zero. Returns 0, or an
  * errno with nothing left running. */
 int graphopt_pool_start(graphopt_pool *pool);
 void graphopt_pool_stop(graphopt_pool *pool);
