@@ -73,7 +73,7 @@ static int spin_until(graphopt_pool *pool, int (*ready)(graphopt_pool *, unsigne
     }
 }
 
-/* Takes and does a chunk of this share, the first one or the last; returns whether there was one. */
+/* Takes a chunk of this share, its first or its last, and does it; returns whether there was one. */
 static int take(graphopt_share *share, int last, void *scratch) {
     uint32_t untaken = atomic_load(&share->untaken);
     uint32_t chunk, rest;
@@ -104,9 +104,9 @@ static unsigned work(graphopt_pool *pool, unsigned index) {
 }
 
 static void *worker_main(void *argument) {
-    graphopt_pool *const pool = argument;
-    const unsigned index = atomic_fetch_add(&pool->arrived, 1) + 1;
-    graphopt_share *const share = &pool->shares[index];
+    graphopt_share *const share = argument;
+    graphopt_pool *const pool = share->pool;
+    const unsigned index = (unsigned)(share - pool->shares);
     while (!atomic_load(&pool->stopping)) {
         if (!spin_until(pool, has_work_or_stops, index)) {
             /* Either we see the chunks that are published after this store, or their publisher sees
@@ -196,8 +196,9 @@ int graphopt_pool_start(graphopt_pool *pool) {
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     while (!error && pool->started < pool->threads - 1) {
-        pthread_t *const worker = &pool->shares[pool->started + 1].worker;
-        error = pthread_create(worker, &attributes, worker_main, pool);
+        graphopt_share *const share = &pool->shares[pool->started + 1];
+        share->pool = pool;
+        error = pthread_create(&share->worker, &attributes, worker_main, share);
         if (!error) pool->started++;
     }
     pthread_sigmask(SIG_SETMASK, &before, NULL);

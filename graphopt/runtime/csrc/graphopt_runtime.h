@@ -114,6 +114,7 @@ typedef struct {
     /* Not of share 0, which is the caller's. */
     pthread_t worker;
     pthread_cond_t wake;
+    struct graphopt_pool *pool;
 } graphopt_share;
 
 /* Workers that do one step's tasks together with the thread that calls. */
@@ -122,7 +123,6 @@ typedef struct graphopt_pool {
     _Alignas(GRAPHOPT_CACHE_LINE) _Atomic uint32_t finished;
     _Alignas(GRAPHOPT_CACHE_LINE) _Atomic uint32_t waiting; /* whether the caller is parked */
     _Atomic uint32_t stopping;
-    _Atomic uint32_t arrived; /* gives each worker its index */
 
     graphopt_share *shares; /* of each thread */
     unsigned char *scratch; /* of thread 0; the others' follow */
