@@ -73,7 +73,7 @@ static int spin_until(graphopt_pool *pool, int (*ready)(graphopt_pool *, unsigne
     }
 }
 
-/* Takes a chunk of this share, its first or its last, and does it; returns whether there was one. */
+/* Takes and does the first or the last chunk of this share; returns whether there was one. */
 static int take(graphopt_share *share, int last, void *scratch) {
     uint32_t untaken = atomic_load(&share->untaken);
     uint32_t chunk, rest;
