@@ -17,7 +17,7 @@ from graphopt.importers.torch_source import node_origin
 
 aten = torch.ops.aten
 
-# These say something about tensors while tracing and compute nothing.
+# These say something about tensors, mostly while tracing, and compute nothing.
 CHECKS = (
     aten._assert_tensor_metadata.default,
     aten._assert_async.msg,
@@ -46,7 +46,7 @@ def check_static(program: ExportedProgram) -> list[str]:
 
 
 def copy_program(program: ExportedProgram) -> fx.GraphModule:
-    """The program as a graph with its own copies of the weights.
+    """The program, whose own graph loses what no result needs, as a graph with copies of weights.
 
     Raises:
         ModelError: it changes state, returns something other than tensors, or its shapes depend on
@@ -54,8 +54,17 @@ def copy_program(program: ExportedProgram) -> fx.GraphModule:
         UnsupportedError: it holds nodes that are not ATen operators.
     """
     _check_interface(program)
+    _drop_unneeded(program.graph)
     _check_nodes(program)
     return _Copier(program).run()
+
+
+def _drop_unneeded(graph: fx.Graph) -> None:
+    """Drop what says something about tensors, and what is computed for that or for nothing."""
+    for node in list(graph.nodes):
+        if node.target in CHECKS:
+            graph.erase_node(node)
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
 
 
 class _Copier:
@@ -106,8 +115,6 @@ class _Copier:
         return known
 
     def operator(self, node: fx.Node) -> None:
-        if node.target in CHECKS:
-            return
         target: Any = node.target
         args: Any = fx.map_arg(node.args, lambda n: self.env[n])
         kwargs: Any = fx.map_arg(node.kwargs, lambda n: self.env[n])
@@ -214,7 +221,7 @@ def _check_nodes(program: ExportedProgram) -> None:
     dropout = (aten.native_dropout.default, aten.dropout.default, aten.bernoulli.p)
     foreign, value_shaped, training = [], [], []
     for node in program.graph.nodes:
-        if node.op != "call_function" or node.target in CHECKS:
+        if node.op != "call_function":
             continue
         result = node.meta.get("val")
         if not isinstance(node.target, torch._ops.OpOverload) and not _is_getitem(node):

@@ -262,6 +262,21 @@ def test_data_dependent_sizes_and_numbers(function):
     assert "test_torch_import.py:" in text
 
 
+def test_checks_of_values_are_left_out():
+    """And what is computed for them, or for nothing."""
+
+    def checked(x):
+        total = x.sum().item()
+        torch._check(total > 0)
+        torch._check_tensor_all(x < 9)
+        x.nonzero()
+        return x * 2
+
+    gm = import_model(Function(checked), (torch.ones(3),))
+    assert targets(gm) == [aten.mul.Tensor]
+    check_form(gm)
+
+
 class Counting(nn.Module):
     def __init__(self):
         super().__init__()
