@@ -13,7 +13,7 @@ import tvm_ffi
 from torch import fx
 
 from graphopt import graph as G
-from graphopt.backends.kernels import GENERATORS
+from graphopt.backends.kernels import GENERATORS, expand
 from graphopt.backends.kernels.base import Alternatives, KernelSource, Request
 from graphopt.backends.kernels.builder import BufferSpec, build_kernel
 from graphopt.backends.kernels.conv_layout import wants_blocks
@@ -31,7 +31,7 @@ from graphopt.program.layouts import Wants, assign_layouts, makes_blocks
 from graphopt.program.memory import Lifetime, largest_live, lifetimes_of, plan_offsets, round_up
 from graphopt.program.outputs import with_own_outputs
 from graphopt.program.padding import write_padding
-from graphopt.program.partition import NodeGroup, partition, tensor_operands
+from graphopt.program.partition import NodeGroup, join_pairs, partition, tensor_operands
 from graphopt.program.pieces import plan_pieces
 from graphopt.program.tables import is_table
 
@@ -140,7 +140,11 @@ class Lowering:
 
     def groups(self) -> list[NodeGroup]:
         """What becomes kernels, names and pieces, in an order in which they can run."""
-        return partition(self.gm, self.layouts, self.pieces.unmoved)
+        groups = partition(self.gm, self.layouts, self.pieces.unmoved)
+        return join_pairs(
+            groups, G.outputs(self.gm),
+            lambda first, second: expand.pays(self.request(first), self.request(second)),
+        )  # fmt: skip
 
     def lower_group(self, group: NodeGroup, destination: str | None) -> None:
         """Make the group's kernel and its step."""
@@ -166,10 +170,10 @@ class Lowering:
                 tasks=source.tasks,
                 grain=min(source.tasks, grain),
                 scratch=source.scratch,
-                origin=G.merge_origins(group.nodes),
+                origin=G.merge_origins(request.members),
                 flops=source.flops,
                 own_flops=source.flops if source.own_flops is None else source.own_flops,
-                ops=tuple(OPS[node.target].name for node in group.nodes),
+                ops=tuple(OPS[node.target].name for node in request.members),
             )
         )
 
@@ -198,6 +202,7 @@ class Lowering:
             winograd=self.winograd,
             strassen=self.strassen,
             one_sample=self.one_sample,
+            before=None if group.before is None else self.request(group.before),
         )
 
     def scalar(self, node: fx.Node) -> bool | int | float | None:
@@ -234,7 +239,7 @@ class Lowering:
         """Emit the kernel, or find one that is the same."""
         scalars = {
             operand: value
-            for node in request.nodes
+            for node in request.members
             for operand in tensor_operands(node)
             if (value := self.scalar(operand)) is not None
         }

@@ -30,6 +30,7 @@ class Target:
             one of them.
         isa: the vector instruction set the kernel generators write for.
         l1_bytes, l2_bytes: data cache per core.
+        last_bytes: the last-level cache; what is larger comes from memory.
         l1_ways: how many lines of the first-level data cache an address can be in.
         emulator_cpu: `qemu -cpu` name of the same CPU.
         description: one line for `graphopt targets`.
@@ -53,6 +54,7 @@ class Target:
     llvm_options: tuple[str, ...] = ()
     cores: int = 4
     l1_ways: int = 8
+    last_bytes: int = 8192 * 1024
 
 
 _V2 = ("cx16", "sahf", "popcnt", "sse3", "ssse3", "sse4.1", "sse4.2")
@@ -71,11 +73,11 @@ def _x86(
 
 def _arm(
     name: str, mcpu: str, features: tuple[str, ...], l1: int, l2: int, cpu: str, description: str,
-    model: str = "", ways: int = 4,
+    model: str = "", ways: int = 4, last: int = 512 * _KB,
 ) -> Target:  # fmt: skip
     return Target(
         name, "aarch64", "aarch64-linux-gnu", mcpu, features, NEON, l1, l2, cpu, description,
-        model, _ARM_OPTIONS, l1_ways=ways,
+        model, _ARM_OPTIONS, l1_ways=ways, last_bytes=last,
     )  # fmt: skip
 
 
@@ -90,9 +92,9 @@ _V82 = (*_V8, "crc", "lse", "rdm", "fullfp16", "dotprod")
 _A53 = _arm("cortex-a53", "cortex-a53", (*_V8, "crc"), 32 * _KB, 512 * _KB, "cortex-a53",
             "Cortex-A53 (Armv8.0-A, in order)", model="generic")  # fmt: skip
 _A72 = _arm("cortex-a72", "cortex-a72", (*_V8, "crc"), 32 * _KB, 1024 * _KB, "cortex-a72",
-            "Cortex-A72 (Armv8.0-A)", ways=2)  # fmt: skip
+            "Cortex-A72 (Armv8.0-A)", ways=2, last=1024 * _KB)  # fmt: skip
 _A76 = _arm("cortex-a76", "cortex-a76", _V82, 64 * _KB, 512 * _KB, "cortex-a76",
-            "Cortex-A76 (Armv8.2-A with dot product)")  # fmt: skip
+            "Cortex-A76 (Armv8.2-A with dot product)", last=2048 * _KB)  # fmt: skip
 
 _TARGETS = (
     _x86("x86-64-v2", _V2, SSE42, "Nehalem", "x86-64 with SSE4.2 (2008 and later)"),
@@ -129,6 +131,14 @@ def has_features(features: tuple[str, ...], flags: frozenset[str]) -> bool:
     return all(_CPUINFO_NAMES.get(feature, feature) in flags for feature in features)
 
 
+def _last_bytes() -> int:
+    """This machine's last-level cache as the kernel reports it; 0 where it does not."""
+    caches = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")
+    levels = {int((c / "level").read_text()): (c / "size").read_text().strip() for c in caches}
+    size = levels[max(levels)] if levels else "0K"
+    return int(size.removesuffix("K")) * _KB
+
+
 @cache
 def host() -> Target:
     """The best target whose every feature this machine really reports.
@@ -149,6 +159,7 @@ def host() -> Target:
                 name="host",
                 description=f"this machine ({target.description})",
                 cores=len(os.sched_getaffinity(0)),
+                last_bytes=_last_bytes() or target.last_bytes,
             )
     raise TargetError(
         f"no target fits this machine ({machine})",

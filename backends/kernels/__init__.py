@@ -5,6 +5,7 @@ from __future__ import annotations
 from graphopt.backends.kernels.base import Generator
 from graphopt.backends.kernels.conv import lower_depthwise, lower_products
 from graphopt.backends.kernels.conv_fold import lower_fold
+from graphopt.backends.kernels.expand import lower_expand
 from graphopt.backends.kernels.grid_sample import lower_grid_sample
 from graphopt.backends.kernels.linear import lower_linear
 from graphopt.backends.kernels.matmul import lower_attention, lower_matmul
@@ -21,7 +22,7 @@ GENERATOR_VERSION = 13
 """To be raised when kernels get faster or slower: what was tuned before then no longer counts."""
 
 GENERATORS: dict[str, tuple[Generator, ...]] = {
-    "convolution": (lower_depthwise, lower_products, lower_transposed, lower_fold),
+    "convolution": (lower_expand, lower_depthwise, lower_products, lower_transposed, lower_fold),
     "linear": (lower_linear,),
     "matmul": (lower_linear, lower_matmul),
     "softmax": (lower_softmax,),

@@ -35,6 +35,7 @@ class Request:
         strassen: whether Strassen's matrix product may be used.
         one_sample: whether all the model's inputs have a first axis of 1, so that no axis is one
             of samples.
+        before: the request for what `anchor` reads first, if this kernel is to make that, too.
     """
 
     anchor: fx.Node
@@ -47,11 +48,17 @@ class Request:
     winograd: bool = True
     strassen: bool = True
     one_sample: bool = False
+    before: Request | None = None
 
     @property
     def call(self) -> Call:
         """The anchor's arguments."""
         return Call(self.anchor)
+
+    @property
+    def members(self) -> tuple[fx.Node, ...]:
+        """All nodes that the kernel computes, those of `before` among them."""
+        return (*(self.before.members if self.before else ()), *self.nodes)
 
     @property
     def epilogue(self) -> tuple[fx.Node, ...]:

@@ -72,6 +72,18 @@ class View:
         return View(spec, _declare(self.buffer.data, (count,), self.spec.dtype))
 
 
+@dataclass(frozen=True)
+class Part(View):
+    """The part of a tensor from a physical index on, which `buffer` holds."""
+
+    begin: tuple[Expr, ...] = ()
+
+    def place(self, index: Index) -> list[Expr]:
+        """Physical index, in the part, of a logical one of the whole tensor."""
+        whole = super().place(index)
+        return [place - first for place, first in zip(whole, self.begin, strict=True)]
+
+
 def _declare(data: Any, shape: Sequence[int], dtype: str) -> Any:
     return T.decl_buffer(list(shape) or [1], _STORED_AS.get(dtype, dtype), data=data)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -45,12 +45,14 @@ class NodeGroup:
         anchor: the node with a generator of its own or the reduction; None for a map.
         alias: the root needs no kernel: a view that shares its operand's memory, a concatenation
             whose parts are where they belong, or a slice that is read where it lies.
+        before: the group that makes what the anchor reads first, if this one's kernel makes it.
     """
 
     root: fx.Node
     nodes: list[fx.Node] = field(default_factory=list)
     anchor: fx.Node | None = None
     alias: bool = False
+    before: NodeGroup | None = None
 
 
 def tensor_operands(node: fx.Node) -> list[fx.Node]:
@@ -123,6 +125,35 @@ def partition(
         while any(join(node, kind, group, operand) for operand in _read_again(group)):
             pass
     return sorted(groups.values(), key=lambda g: order[g.root])
+
+
+def join_pairs(
+    groups: Sequence[NodeGroup], returned: Collection[fx.Node],
+    pays: Callable[[NodeGroup, NodeGroup], bool],
+) -> list[NodeGroup]:  # fmt: skip
+    """Let convolutions make what they alone read themselves, where it pays; see `before`.
+
+    Args:
+        groups: in an order in which they can run.
+        returned: the model's outputs.
+        pays: whether the second group should make what the first one does.
+    """
+    convolutions = [(group, call) for group in groups if (call := _convolution(group))]
+    makers = {group.root: group for group, _ in convolutions}
+    joined = set()
+    for group, call in convolutions:
+        maker = makers.get(call["input"])
+        if maker is None or len(maker.root.users) > 1 or maker.root in returned:
+            continue
+        if pays(maker, group):
+            group.before = maker
+            joined.add(maker.root)
+    return [group for group in groups if group.root not in joined]
+
+
+def _convolution(group: NodeGroup) -> Call | None:
+    anchor = group.anchor
+    return Call(anchor) if anchor and OPS[anchor.target].name == "convolution" else None
 
 
 def effective_kind(node: fx.Node, layouts: Mapping[fx.Node, str]) -> Kind:
