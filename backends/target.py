@@ -84,7 +84,7 @@ def _arm(
 # LLVM would unroll a loop over, say, at most three rows of a kernel. They are further apart than a
 # pair of loads reaches, so that depthwise kernels took twice as many loads. And it would unroll the
 # two blocks of a pointwise convolution of 16 channels, and spill; by default the threshold is 300.
-_ARM_OPTIONS = ("-unroll-max-upperbound:uint=1", "-unroll-threshold-aggressive:uint=200")
+_ARM_OPTIONS = ("-unroll-max-upperbound:uint=1", "-unroll-threshold-aggressive:uint=150")
 _V8 = ("fp-armv8", "neon")
 _V82 = (*_V8, "crc", "lse", "rdm", "fullfp16", "dotprod")
 # For the A53 LLVM unrolls every loop four times, which spills. `generic` is scheduled for a core in

@@ -86,6 +86,7 @@ class Case:
             network.
         winograd: whether Winograd is allowed.
         strassen: whether Strassen is.
+        expand: whether no cache holds an image.
         loop: `product` for the loop with most multiply-adds, or `transform` and which one.
         fma_share: least share of multiply-adds among the loop's instructions.
         limit: why it is less than elsewhere.
@@ -96,6 +97,7 @@ class Case:
     blocked: tuple[bool, bool] = (True, True)
     winograd: bool = False
     strassen: bool = False
+    expand: bool = False
     loop: str = "product"
     fma_share: float = FMA_AIM
     limit: str = ""
@@ -112,6 +114,11 @@ def linear(columns: int) -> Layer:
         return b.op(aten.linear.default, x, weight, b.constant(b.random(columns)))
 
     return make
+
+
+def expanded(b: Builder, x: fx.Node) -> fx.Node:
+    wide = b.op(aten.hardswish.default, b.conv(x, 96, (1, 1)))
+    return b.conv(wide, 96, (3, 3), padding=1, stride=2, groups=96)
 
 
 def attention(b: Builder, x: fx.Node) -> fx.Node:
@@ -136,6 +143,7 @@ CASES = {
         limit="loads: each pixel reads two columns that the one before does not, a load of a pair "
         "for every 3 multiply-adds, and weights besides; 10 pixels, all the registers, make 69 %",
     ),
+    "expand 1×1": Case(expanded, (1, 16, 112, 112), expand=True),
     "winograd product": Case(conv(64, 3, padding=1), (1, 64, 56, 56), winograd=True),
     "winograd stride 2": Case(conv(128, 3, padding=1, stride=2), (1, 64, 56, 56), winograd=True),
     "winograd 7×7 image": Case(
@@ -230,7 +238,8 @@ def check_peaks(mca: str) -> None:
 def measure(name: str, core: str, mca: str) -> tuple[Result, Loop]:
     case = CASES[name]
     generator, text = assembly_of(case.make, case.shape, get_target(core), blocked=case.blocked,
-                                  winograd=case.winograd, strassen=case.strassen)  # fmt: skip
+                                  winograd=case.winograd, strassen=case.strassen,
+                                  expand=case.expand)  # fmt: skip
     loop = hot_loop(case, text)
     bound, simulated = cycles_of(mca, CORES[core], loop.instructions)
     cycles = simulated if CORES[core].simulates else None

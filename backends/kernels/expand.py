@@ -32,7 +32,7 @@ from graphopt.backends.kernels.base import (
     collapsible,
     same_place,
 )
-from graphopt.backends.kernels.builder import BufferSpec, Part, View, unflatten
+from graphopt.backends.kernels.builder import BufferSpec, Part, View, fence, unflatten
 from graphopt.backends.kernels.conv import accessors, is_pointwise, one_row, place_of, spec_of
 from graphopt.backends.kernels.conv_direct_plan import ConvPlan
 from graphopt.backends.kernels.conv_spec import ConvSpec
@@ -245,6 +245,7 @@ def _emit(
     access = accessors(
         second, group, part((rows, width), top, 0), index, out, index, vector=True, padded=True
     )
+    fence(first.target.isa.fence)
     with T.serial(0, count) as i:
         each = (n * -(-filters.groups // block) + begin + i) * chosen.bands + band
         depthwise.emit(chosen.filters, each, constants[1], access)

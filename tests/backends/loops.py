@@ -84,6 +84,7 @@ def product_loops(text: str) -> list[Loop]:
 def assembly_of(
     layer: Layer, shape: tuple[int, ...], target: Target, *,
     blocked: tuple[bool, bool] = (True, True), winograd: bool = False, strassen: bool = False,
+    expand: bool = False,
 ) -> tuple[str, str]:  # fmt: skip
     """A layer's kernel: what generated it, and its assembly.
 
@@ -95,7 +96,9 @@ def assembly_of(
             network.
         winograd: whether Winograd is allowed.
         strassen: whether Strassen is.
+        expand: whether no cache holds an image, so that depthwise convolutions make it themselves.
     """
+    target = replace(target, last_bytes=target.l2_bytes if expand else 1 << 40)
     b = Builder()
     n, channels, *rest = shape
     before, behind = blocked

@@ -39,6 +39,11 @@ def transposed(b: Builder, x: fx.Node) -> fx.Node:
     return b.op(aten.convolution.default, x, weight, None, [2, 2], [0, 0], [1, 1], True, [0, 0], 1)
 
 
+def expanded(b: Builder, x: fx.Node) -> fx.Node:
+    wide = b.op(aten.relu.default, b.conv(x, 96, (1, 1)))
+    return b.conv(wide, 96, (3, 3), padding=1, groups=96)
+
+
 def lstm(b: Builder, x: fx.Node) -> fx.Node:
     """Of gates for both directions."""
     hidden = G.shape(x)[-1] // 8
@@ -167,6 +172,9 @@ CASES = {
     "Winograd to 40": Case(
         "winograd F(4×4,3×3) 8×13", conv(40, 3, 3, padding=1), (1, 40, 28, 28), "relu"
     ),
+    "expand": Case(
+        "expand 16×6", expanded, (1, 24, 112, 112), "relu silu", allowed={96: 2}, reason=EARLY
+    ),
     "Strassen": Case("strassen 16×6", linear(768), (1, 128, 768), "relu gelu", PLAIN),
     "Strassen 1×1": Case("strassen 16×6", conv(512, 1, 1), (1, 512, 14, 14), "relu silu"),
     "lstm, one row": Case("lstm 64×1", lstm, (5, 1, 8 * 128), "relu", PLAIN),
@@ -193,7 +201,8 @@ def test_products_spill_nothing(case: Case, epilogue: str) -> None:
     def spilled(target: str, allowed: Mapping[int, int]) -> tuple[str, list[str]]:
         origin, text = assembly_of(layer, case.shape, get_target(target), blocked=case.blocked,
                                    winograd=case.origin.startswith("winograd"),
-                                   strassen=case.origin.startswith("strassen"))  # fmt: skip
+                                   strassen=case.origin.startswith("strassen"),
+                                   expand=case.origin.startswith("expand"))  # fmt: skip
         loops = product_loops(text)
         assert loops
         return origin, [
