@@ -33,7 +33,14 @@ from graphopt.backends.kernels.base import (
     same_place,
 )
 from graphopt.backends.kernels.builder import BufferSpec, Part, View, fence, unflatten
-from graphopt.backends.kernels.conv import accessors, is_pointwise, one_row, place_of, spec_of
+from graphopt.backends.kernels.conv import (
+    accessors,
+    is_pointwise,
+    lower_products,
+    one_row,
+    place_of,
+    spec_of,
+)
 from graphopt.backends.kernels.conv_direct_plan import ConvPlan
 from graphopt.backends.kernels.conv_spec import ConvSpec
 from graphopt.backends.kernels.depthwise import DepthwisePlan
@@ -170,11 +177,10 @@ def pays(first: Request, second: Request) -> bool:
     expanded = physical_size(G.shape(first.root), first.spec(first.root).layout, 4)
     if expanded // spec.batch <= _LARGE * target.last_bytes:
         return False
-    found = plan(spec, filters, target)
-    if found is None:
+    found, apart = plan(spec, filters, target), lower_products(first)
+    if found is None or apart is None:
         return False
-    apart = conv_direct_plan.plan(one_row(spec), target.isa, target.l2_bytes)
-    again = found.cycles - conv_direct_plan.cost(apart, target.isa)
+    again = found.cycles - apart.candidates[0].cycles
     return again * (_HEAVY if first.heavy_epilogue else 1.0) < 2 * _MEMORY * expanded
 
 
