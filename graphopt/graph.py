@@ -20,6 +20,9 @@ from torch import fx
 
 Origin = tuple[str, ...]
 
+NAMESPACES = ("aten", "quantized_decomposed", "graphopt")
+"""Of the operators that a graph may call."""
+
 
 def empty_graph() -> fx.GraphModule:
     """A graph module with no nodes, ready to be built."""

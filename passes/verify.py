@@ -16,8 +16,6 @@ from graphopt import graph as g
 from graphopt.errors import VerifyError
 from graphopt.passes._nodes import bind, calls, freeze, gives_several, parameters, results
 
-NAMESPACES = ("aten", "quantized_decomposed", "graphopt")
-
 
 @dataclass(frozen=True)
 class Problem:
@@ -218,8 +216,8 @@ def _target(gm: fx.GraphModule, node: fx.Node) -> Iterator[Problem]:
     if not isinstance(target, OpOverload):
         yield _at(node, f"calls {target!r}, which is not a torch operator")
         return
-    if target.namespace not in NAMESPACES:
-        yield _at(node, f"calls {target}, only {', '.join(NAMESPACES)} operators are legal")
+    if target.namespace not in g.NAMESPACES:
+        yield _at(node, f"calls {target}, only {', '.join(g.NAMESPACES)} operators are legal")
         return
     names = [name for name, _, _, _ in parameters(target)]
     positional = [name for name, keyword_only, _, _ in parameters(target) if not keyword_only]

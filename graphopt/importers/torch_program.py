@@ -219,29 +219,39 @@ def _check_interface(program: ExportedProgram) -> None:
 
 def _check_nodes(program: ExportedProgram) -> None:
     dropout = (aten.native_dropout.default, aten.dropout.default, aten.bernoulli.p)
-    foreign, value_shaped, training = [], [], []
+    foreign, control, value_shaped, training = [], [], [], []
     for node in program.graph.nodes:
         if node.op != "call_function":
             continue
         result = node.meta.get("val")
-        if not isinstance(node.target, torch._ops.OpOverload) and not _is_getitem(node):
-            foreign.append(node)
-        elif any(not _is_static(leaf) for leaf in pytree.tree_leaves(result)):
+        if any(not _is_static(leaf) for leaf in pytree.tree_leaves(result)):
             value_shaped.append(node)
+        elif not isinstance(node.target, torch._ops.OpOverload):
+            control += [] if _is_getitem(node) else [node]
+        elif node.target.namespace not in G.NAMESPACES:
+            foreign.append(node)
         elif node.target in dropout and node.args[-1] is True:
             training.append(node)
     if value_shaped:
+        # What follows from them is no news.
+        value_shaped = [n for n in value_shaped if not {*n.all_input_nodes} & {*value_shaped}]
         raise ModelError(
             f"the size or a number in {_named(value_shaped)} depends on the values of tensors; a "
             "compiled model has fixed shapes",
             where=_places(value_shaped),
             hint="avoid .item(), nonzero and boolean indexing; use torch.where or fixed sizes",
         )
+    if control:
+        raise UnsupportedError(
+            f"the model holds {_named(control)}, which are not tensor operators",
+            where=_places(control),
+            hint="replace control-flow operators by torch.where",
+        )
     if foreign:
         raise UnsupportedError(
-            f"the model holds {_named(foreign)}, which are not tensor operators",
+            f"the model calls {_named(foreign)}, which only the library that brings it can compute",
             where=_places(foreign),
-            hint="replace control-flow operators by torch.where",
+            hint="choose or write an implementation that is made of PyTorch's own operators",
         )
     if training:
         raise ModelError(

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from graphopt.errors import InputError, ModelError
+from graphopt.errors import InputError, ModelError, UnsupportedError
 from graphopt.importers import import_model
 from tests.importers.onnx_cases import check_form
 from tests.importers.test_zoo_import import state_hash
@@ -260,6 +260,27 @@ def test_data_dependent_sizes_and_numbers(function):
     text = message(ModelError, Function(function), torch.ones(3))
     assert "depends on the values" in text
     assert "test_torch_import.py:" in text
+
+
+def test_where_sizes_begin_to_depend_on_values():
+    def function(x):
+        rows = x.nonzero().float()
+        return rows.exp().sum(0) * rows.shape[0]
+
+    text = message(ModelError, Function(function), torch.ones(3))
+    assert "the size or a number in aten.nonzero.default depends on the values" in text
+
+
+def test_operators_of_other_libraries():
+    @torch.library.custom_op("graphopt_test::halved", mutates_args=())
+    def halved(x: torch.Tensor) -> torch.Tensor:
+        return x / 2
+
+    halved.register_fake(torch.empty_like)
+    text = message(UnsupportedError, Function(lambda x: halved(x) + 1), torch.ones(3))
+    assert "graphopt_test.halved.default" in text
+    assert "test_torch_import.py:" in text
+    assert "PyTorch's own operators" in text
 
 
 def test_checks_of_values_are_left_out():
