@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
+from torch.export import _trace as _trace_module
 
 from graphopt.errors import GraphoptError, InputError, ModelError
 from graphopt.importers.inputs import ExampleInputs, as_tuple, convert, match_names
@@ -253,6 +254,8 @@ def _quiet() -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
+    # Of a model that it cannot trace it prints all it has seen, which may be thousands of lines.
+    vars(_trace_module)["print"] = lambda *_, **__: None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
@@ -260,5 +263,6 @@ def _quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", r"The tensor attributes? .*_flat_weights")
             yield
     finally:
+        del vars(_trace_module)["print"]
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
