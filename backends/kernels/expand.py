@@ -251,6 +251,7 @@ def _emit(
     access = accessors(
         second, group, part((rows, width), top, 0), index, out, index, vector=True, padded=True
     )
+    # Or LLVM would hold what the filters need in registers that the products need.
     fence(first.target.isa.fence)
     with T.serial(0, count) as i:
         each = (n * -(-filters.groups // block) + begin + i) * chosen.bands + band

@@ -1,6 +1,8 @@
 """Runs a model with every tensor between pages that may not be touched.
 
-    python -m tests.models.guarded MODEL
+    python -m tests.models.guarded MODEL [CACHE]
+
+CACHE is the size of the last-level cache, in bytes, to build for, if not this machine's.
 
 A kernel that reads or writes one byte too far usually hits other memory of the process and nobody
 notices, until on some board there is none. Here it ends the process. Each tensor lies once at the
@@ -22,6 +24,7 @@ import torch
 
 import graphopt
 from graphopt.backends.codegen import compile_kernels
+from graphopt.backends.target import host
 from graphopt.program.ir import ALIGNMENT, Program
 from graphopt.runtime.artifact import build_artifact
 from tests.models import zoo
@@ -133,7 +136,10 @@ def main() -> None:
     entry = zoo.MODELS[sys.argv[1]]
     fixed = entry.kind == "onnx" and not entry.dynamic
     inputs = entry.inputs()
-    compiled = graphopt.compile(entry.model(), None if fixed else inputs)
+    target = host()
+    if len(sys.argv) > 2:
+        target = replace(target, last_bytes=int(sys.argv[2]))
+    compiled = graphopt.compile(entry.model(), None if fixed else inputs, target=target)
     kernels = compile_kernels(compiled.program, compiled.target)
     for at_end in (False, True):
         run(compiled, kernels, inputs, at_end)
