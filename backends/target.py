@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import platform
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -131,12 +132,16 @@ def has_features(features: tuple[str, ...], flags: frozenset[str]) -> bool:
     return all(_CPUINFO_NAMES.get(feature, feature) in flags for feature in features)
 
 
-def _last_bytes() -> int:
-    """This machine's last-level cache as the kernel reports it; 0 where it does not."""
-    caches = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")
-    levels = {int((c / "level").read_text()): (c / "size").read_text().strip() for c in caches}
-    size = levels[max(levels)] if levels else "0K"
-    return int(size.removesuffix("K")) * _KB
+def last_cache(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
+    """Bytes of this machine's last-level cache as the kernel reports it; 0 where it does not."""
+    found = [(0, 0)]
+    for index in folder.glob("index*"):
+        # Boards whose device tree says nothing of them have caches without a size.
+        with suppress(OSError, ValueError):
+            kilobytes = (index / "size").read_text(encoding="utf-8").strip().removesuffix("K")
+            level = int((index / "level").read_text(encoding="utf-8"))
+            found.append((level, int(kilobytes) * _KB))
+    return max(found)[1]
 
 
 @cache
@@ -159,7 +164,7 @@ def host() -> Target:
                 name="host",
                 description=f"this machine ({target.description})",
                 cores=len(os.sched_getaffinity(0)),
-                last_bytes=_last_bytes() or target.last_bytes,
+                last_bytes=last_cache() or target.last_bytes,
             )
     raise TargetError(
         f"no target fits this machine ({machine})",

@@ -1,6 +1,7 @@
 """A pointwise convolution and the depthwise one that reads it, in one kernel."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import Phase, example, given, settings
@@ -9,7 +10,7 @@ from torch import fx
 
 from graphopt.backends.kernels import expand
 from graphopt.backends.lower import lower
-from graphopt.backends.target import Target, get_target
+from graphopt.backends.target import Target, get_target, last_cache
 from graphopt.program.ir import Program
 from tests.backends.harness import Builder, aten, check, origins, runnable
 
@@ -134,6 +135,16 @@ def test_what_is_not_stored_needs_no_memory() -> None:
     assert (len(apart.steps), len(joined.steps)) == (4, 3)
     assert joined.arena + 8 * joined.scratch < apart.arena < 2 * expanded
     assert sum(step.flops for step in apart.steps) == sum(step.flops for step in joined.steps)
+
+
+def test_last_level_cache_of_this_machine(tmp_path: Path) -> None:
+    caches = {"index0": ("1", "32K"), "index2": ("2", "1024K"), "index3": ("3", "\n"), "index4": ()}
+    for name, values in caches.items():
+        (tmp_path / name).mkdir()
+        for file, value in zip(("level", "size"), values, strict=False):
+            (tmp_path / name / file).write_text(value + "\n")
+    assert last_cache(tmp_path) == 1024 * 1024, "those without a size do not count"
+    assert last_cache(tmp_path / "nowhere") == 0
 
 
 def test_bands_suit_the_cores() -> None:
